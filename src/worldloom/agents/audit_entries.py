@@ -1,4 +1,4 @@
-"""The bodies of an audit log's entries. The hash chain shows that no entry was changed, but not that it is valid."""
+"""The bodies of an audit log's entries. The hash chain shows only that no entry was changed, so bodies are checked."""
 
 import os
 from typing import Annotated, Any, TypeVar

@@ -179,10 +179,11 @@ def happened_after(
     block: int,
     whole: bool,
 ) -> dict[str, Any]:
-    """Return what an entry says of the outcome of the plan that was made in the situation `before`.
+    """Return the outcome of a plan as an entry records it; the plan was made in the situation `before`.
 
-    It says how far the state `here` at the end of a block of the plan is from the prediction, if the `whole` block was
-    executed, and by how much `here` breaks each guardrail.
+    `here` are the latents that were observed in or at the end of block `block` of the plan. `gap` is their distance
+    from the predicted latents, or None unless the `whole` block was executed. `seen` is by how much they break each
+    guardrail.
     """
     with torch.inference_mode():
         found = seen_violations(guardrails, plan, block, before.context, here)
@@ -259,9 +260,10 @@ def replay(
 ) -> tuple[Plan, list[str]]:
     """Repeat a decision with `decide`, the method of a `PlanningAgent`.
 
-    Returns the plan, and the names of the parts of the entry that are not identical, bit for bit, to the repeated
-    decision. "observation" is one of them if the model does not encode the recorded observation as the recorded state.
-    The entry's `happened`, which depends on the previous decision, is not compared.
+    Returns the plan, and the names of the entry's values that are not identical, bit for bit, to those of the repeated
+    decision. "observation" is one of the names if the model's encoding of the recorded observation differs from the
+    recorded latents by more than rounding. The entry's `happened` is not compared, because it depends on the previous
+    decision.
 
     Raises:
         DataError: the entry does not record a decision, its situation was changed, or a deadline cut the decision
@@ -288,7 +290,7 @@ def replay(
 
 
 def _decision(situation: Situation, plan: Plan) -> dict[str, Any]:
-    """Return what an entry says of a decision."""
+    """Return the part of an entry that describes a decision."""
     return {
         "actions": _digest([plan.actions]),
         "plan": _digest([plan.actions, plan.latents, *(plan.violations[name] for name in sorted(plan.violations))]),

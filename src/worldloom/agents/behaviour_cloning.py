@@ -102,7 +102,10 @@ def fit_behaviour_cloning(
     device: torch.device | str = "cpu",
     progress: Progress = SILENT,
 ) -> CloningPolicy:
-    """Imitate the action that led toward a later frame of the episode (Ghosh et al., arXiv 1912.06088)."""
+    """Fit a policy that imitates the recorded action in a frame, given a later frame of the episode as its goal.
+
+    See Ghosh et al., arXiv 1912.06088.
+    """
     generator = numpy_generator(seed, "behaviour-cloning")
     action = cache.spec.action
     with seeded_weights(seed, "behaviour-cloning", "weights"):

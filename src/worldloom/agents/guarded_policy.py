@@ -1,4 +1,4 @@
-"""A logging policy under a rule set: its actions are replaced where no plan under the guardrails begins with them."""
+"""A logging policy under a rule set: an action is kept only if a plan that satisfies the guardrails begins with it."""
 
 from collections.abc import Callable
 
@@ -60,7 +60,7 @@ class GuardedPolicy(Policy):
         return actions
 
     def _propose(self, context: Context, goal: Float[Tensor, "B D"], horizon: int) -> Float[Tensor, "B I T A"]:
-        """Return two plans that begin with the wished action: it repeats, or the actions nearest to zero follow it."""
+        """Return two plans that begin with the policy's action: one repeats it, the other continues with zeros."""
         spec = self._model.spec
         repeated = self._wish.repeat(1, spec.block)[:, None].repeat(1, horizon, 1)
         once = torch.zeros_like(repeated)

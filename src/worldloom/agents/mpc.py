@@ -144,7 +144,7 @@ class PlanningAgent(Agent):
 
     @property
     def followed(self) -> tuple[int, bool]:
-        """The block of a plan in which the agent plans again, and whether it completes that block."""
+        """The last block of a plan that begins before the agent plans again, and whether it is executed completely."""
         return self._into(self._replan)
 
     @property
@@ -213,7 +213,10 @@ class PlanningAgent(Agent):
         self._auditor.ended(rows, here, outcomes, block=block, whole=whole)
 
     def explorer(self) -> Explorer:
-        """Return an agent for environments of its own, which adds to this agent's memory; see `explores`."""
+        """Return an agent that explores other environments, and adds what it learns to this agent's memory and map.
+
+        See `explores`.
+        """
         if self._explorer is None:
             return super().explorer()
         self._explorer.begin()

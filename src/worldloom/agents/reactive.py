@@ -36,9 +36,10 @@ _PROBLEMS_AT_ONCE = 128
 class ReactiveConfig(FitConfig):
     """The reactive policy's network, and the plans and logs that it imitates.
 
-    `teacher` makes `problems` plans of `horizon` blocks, each from one imagined state to another in the same layout. If
-    a plan comes within `arrival` step lengths of its goal, the policy imitates the plan up to there. The fraction
-    `hindsight` of a batch comes from the episodes: recorded blocks, each with a later state as its goal.
+    `teacher` makes `problems` plans of `horizon` blocks. Each plan leads from one imagined state to another, in the
+    world of the same episode. If a plan comes within `arrival` step lengths of its goal, the policy imitates the plan
+    up to there. The fraction `hindsight` of a batch comes from the episodes: recorded blocks, each with a later state
+    as its goal.
     """
 
     hidden: Sizes = Field(default=(256, 256), min_length=1)

@@ -14,9 +14,9 @@ from worldloom.memory import Check, EpisodicMemory, LandmarkGraph, Where
 
 
 class Rememberer:
-    """Appends a memory of each environment at each plan, and saves the landmarks when an episode begins.
+    """Appends a record of each environment to the memory at each plan, and saves the landmarks when an episode begins.
 
-    A memory is stored before the agent acts. `events` returns the last event of each environment.
+    A record is stored before the agent acts. `events` returns the last event of each environment.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from worldloom.core.types import Batched, Context
 
 @dataclass(frozen=True, kw_only=True)
 class Situation(Batched):
-    """All inputs of a plan except the agent's own parts: equal situations give equal plans.
+    """All inputs of a decision that vary: with the same fixed parts of an agent, equal situations give equal plans.
 
     Attributes:
         goal: the latents to aim at.

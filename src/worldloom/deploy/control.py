@@ -93,7 +93,8 @@ class ControlReport:
     """The record of a control loop's run; `to_json` returns its figures.
 
     Each list keeps its newest 100,000 entries, more than an hour at 20 Hz; misses and acts of the watchdog have lists
-    of their own and so are kept for longer. Counts cover the complete run, percentiles the periods that are kept.
+    of their own and so are kept for longer. Counts cover the complete run. Percentiles cover only the entries that are
+    kept.
     """
 
     rate: float
@@ -151,11 +152,11 @@ class ControlLoop:
     `rate` must be the link's rate (the default), because the plant's watchdog counts periods at that rate. `deadline`
     is in seconds after the beginning of a period, at most one period. `safe_action` (see `SafeAction`) has no default;
     "hold" sends nothing before the first action. An observation older than `max_age` (default: two periods) is not
-    used; the period then also counts as a miss. A plan that is ready only in a later period is discarded. With
-    `late="use if fresh"`, the plan is used in the later period if the plan's observation is not older than `max_age`. A
-    period in which the agent gets no observation is a gap in the agent's history; the agent is then reset with the same
-    goal. `watchdog=False` disables the watchdog thread. `on_period(report)` is called at the end of each period and
-    must return at once.
+    used; the period then also counts as a miss. By default, a plan that is ready only in a later period is discarded.
+    With `late="use if fresh"`, the plan is used in the later period if the plan's observation is not older than
+    `max_age`. A period in which the agent gets no observation is a gap in the agent's history; the agent is then reset
+    with the same goal. `watchdog=False` disables the watchdog thread. `on_period(report)` is called at the end of each
+    period and must return at once.
 
     Every command, including the safe action, satisfies the agent's guardrails on actions. With a limit on changes of
     the action, the commands therefore approach the safe action step by step.
@@ -467,7 +468,10 @@ class ControlLoop:
 def _safe_rule(
     safe_action: SafeAction, link: Link
 ) -> tuple[Callable[[PlantReading | None], np.ndarray] | None, np.ndarray | None]:
-    """Return the function of the safe action (else None) and the current values; both are None for "hold"."""
+    """Return the function that computes the safe action (None for a constant), and the current values.
+
+    Both are None for "hold".
+    """
     if isinstance(safe_action, str):
         if safe_action != "hold":
             raise ConfigError(f"'safe_action' must be 'hold', values or a function; got {safe_action!r}")

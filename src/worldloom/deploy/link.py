@@ -71,11 +71,11 @@ class PlantReading:
 
 
 class Link(Closing, ABC):
-    """A connection to a plant, for the newest observation and for actions. All methods are thread-safe.
+    """A connection to a plant: it receives the newest observation and sends actions. All methods are thread-safe.
 
     `counts` counts observations: `received`; `unread` (replaced by a newer one before `receive` was called); `lost`
-    (never arrived); and `out of order` (arrived late and dropped). `overdue` are the sequence numbers of observations
-    whose action reached the plant after the observation's period.
+    (never arrived); and `out of order` (arrived late and dropped). `overdue` contains the sequence numbers of
+    observations whose action reached the plant only after the observation's period.
     """
 
     observation: ObservationSpec
@@ -153,10 +153,9 @@ class Link(Closing, ABC):
 class CallbackLink(Link):
     """A link to a plant through two functions.
 
-    `read()` returns the next observation, or None if no new observation exists. `read` is called in another thread and
-    may block.
-    `write(action)` applies an action and must return at once. Readings without a sequence number are numbered in the
-    order of arrival.
+    `read()` returns the next observation, or None if no new observation exists. It is called in another thread, and may
+    block. `write(action)` applies an action and must return at once. Readings without a sequence number are numbered in
+    the order of arrival.
     """
 
     def __init__(

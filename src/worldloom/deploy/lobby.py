@@ -32,10 +32,10 @@ class Lobby(Closing):
     """Accepts connections in its own thread, and waits for the greetings of all of them at once.
 
     While no agent is served, the first agent whose greeting arrives gets the plant's greeting, and is served next. Some
-    agents wait for the plant's greeting, so a connection that is silent for a quarter of a second gets it first. This
-    connection is closed if its own greeting does not arrive within `silence` seconds, or if another agent is served.
-    All other connections wait. At most eight connections wait: a new connection replaces the oldest one without a
-    greeting. If all eight have sent a greeting, the new connection is closed.
+    agents wait for the plant's greeting before they send their own. Therefore a connection that is silent for a quarter
+    of a second gets the plant's greeting first. It is closed if its own greeting does not arrive within `silence`
+    seconds, or if another agent is served. All other connections wait. At most eight connections wait: a new connection
+    replaces the oldest one without a greeting. If all eight have sent a greeting, the new connection is closed.
     """
 
     def __init__(self, listener: socket.socket, greeting: WireMessage, *, silence: float) -> None:

@@ -1,4 +1,4 @@
-"""A list that keeps only its newest items, and counts all."""
+"""A list that keeps only its newest items, and counts all items that were added."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable

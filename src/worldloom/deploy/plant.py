@@ -36,7 +36,7 @@ class PlantLog:
     """A log of the plant's events, with times in seconds on the plant's monotonic clock.
 
     Only the newest observations and actions are kept (10,000), and the newest safe actions (100,000). The attribute
-    `total` of each list counts all.
+    `total` of each list counts all its entries, including those that were dropped.
     """
 
     observations: Newest[tuple[int, float]] = field(default_factory=lambda: Newest(_ROUTINE))  # sequence, time sent

@@ -256,7 +256,7 @@ class Address:
     """The address of a plant, `tcp://host:port` or `unix:path`; either `host` or `path` is empty.
 
     Raises:
-        ConfigError: both or neither are empty, or one cannot be the name of a host, a port or a path.
+        ConfigError: `host` and `path` are both set or both empty, or a value is not a valid host name, port or path.
     """
 
     host: str = ""

@@ -16,9 +16,9 @@ def register_protocol(protocol: Protocol) -> Protocol:
 
 
 def default_protocol(env_id: str | None) -> str | None:
-    """Return the title of a world's default protocol: with the world's own goals, else with the nearest logged ones.
+    """Return the title of a world's default protocol; None if the world has no protocol.
 
-    None means that the world has no protocol.
+    A protocol with the world's own goals comes first, then the one with the smallest goal offset.
     """
 
     def rank(title: str) -> tuple[int, str]:

@@ -1,7 +1,8 @@
 """Policies of other libraries under our protocols, and our agents in other libraries' evaluators.
 
 Both use `get_action(info)` as in stable-worldmodel's evaluator. `info` contains arrays with the axes (E, 1, ...) for E
-environments and one moment: `pixels`, `NAME`, and the goals `goal` and `goal_NAME`. The result has shape (E, A).
+environments and one time step: `pixels`, vectors by name, and the goals `goal` and `goal_NAME`. The result has shape
+(E, A).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -108,8 +109,9 @@ class LentPolicy:
     `make` returns an agent for a batch of environments. Pixels may be bytes or floats in [0, 1], channels first or
     last, of any size; they are resized to the model's picture size by area averaging. The vector is the concatenation
     of the arrays that the keys `vector` name. An environment starts a new episode if its `step_idx` decreases, if its
-    goal changes, or if `_needs_flush` is true and `step_idx` (if given) has not increased; the last condition is needed
-    because stable-worldmodel leaves that flag set after a reset. If `terminated` is true, the action is zero.
+    goal changes, or if `_needs_flush` is true while `step_idx` (if given) does not increase. The flag alone does not
+    start an episode, because stable-worldmodel leaves it set after a reset. If `terminated` is true, the action is
+    zero.
 
     Raises:
         DataError: `info` lacks a key, or an array has a wrong shape.
@@ -184,7 +186,7 @@ class LentPolicy:
 
 @dataclass
 class _Group:
-    """Environments whose episodes began at the same moment; `seen` are those that the agent still receives."""
+    """Environments whose episodes began in the same call: `rows` still run, and the agent still receives `seen`."""
 
     agent: Agent
     rows: np.ndarray

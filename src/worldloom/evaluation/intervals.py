@@ -4,7 +4,8 @@
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """Return Wilson's score interval of a rate at 95%, within [0, 1]; without episodes it is (0, 1).
 
-    Unlike the normal approximation, it keeps its coverage near 0 and 1 (Wilson 1927; Brown, Cai and DasGupta 2001).
+    Unlike the normal approximation, it keeps its coverage for rates near 0 and 1 (Wilson 1927; Brown, Cai and DasGupta
+    2001).
     """
     if not 0 <= successes <= n:
         raise ValueError(f"expected successes between 0 and n = {n}; got {successes}")

@@ -1,4 +1,4 @@
-"""Named, versioned evaluation protocols: every convention is a field, and `describe` writes it out."""
+"""Named, versioned evaluation protocols: every convention is a field, and `describe` returns all of them as text."""
 
 import hashlib
 import json
@@ -40,10 +40,11 @@ class SuccessRule(Config):
     """The rule that decides when an episode has succeeded.
 
     With `source="environment"`, the environment decides. Otherwise the vector `name` must come within `radius` of the
-    same vector at the goal. The vector is an info or a part of the observation (all of it if `name` is empty); with
-    `source="named"` it is the info or the part, whichever has the name. Several names joined by "+" form one vector.
-    The conditions `also` must be satisfied at the same moment. With `largest`, the largest difference of a value
-    replaces the Euclidean distance. With a `period`, differences are taken around a circle.
+    same vector at the goal. The vector is an info, or a named part of the observation vector (the complete observation
+    vector if `name` is empty). With `source="named"` it is the info or the part, whichever has the name. Several names
+    joined by "+" form one vector. The conditions `also` must be satisfied at the same step. With `largest`, the largest
+    difference of any value replaces the Euclidean distance. With a `period`, differences are taken around a circle of
+    this circumference.
     """
 
     source: Literal["named", "info", "observation", "environment"] = "named"
@@ -67,7 +68,7 @@ class SuccessRule(Config):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The named vectors, in the order in which `vector` joins them."""
+        """The names of the vectors, in the order in which `vector` joins them."""
         return (*self.name.split("+"), *(condition.name for condition in self.also))
 
     def vector(self, frame: Frame) -> Float64[np.ndarray, "R L"]:
@@ -83,7 +84,8 @@ class SuccessRule(Config):
     ) -> Float[np.ndarray, "..."]:
         """Return the distance between vectors and the goal's vectors; a distance of at most `radius` is a success.
 
-        With further conditions, it is the largest of their distances, each scaled by `radius` / (its own radius).
+        With further conditions, it is the largest of the rule's own distance and the conditions' distances. A
+        condition's distance is scaled by `radius` / (the condition's radius).
         """
         difference = values - goal
         end = difference.shape[-1]
@@ -164,12 +166,12 @@ class Limit(Config):
 class Split(Config):
     """Episodes that are counted together.
 
-    `task` is passed to the world's `reset(options={"task": ...})`. If the world has no goals of its own, the logging
-    policy acts for `goal_offset` steps to reach the goal. Before the start, the policy acts for a number of steps
-    sampled uniformly from 0 to `start_steps`, so that episodes start in the middle of its behaviour. A method that
-    explores may act for `exploration` steps in each episode's world; then the world is reset to the start, and the
-    method receives the goal. Other methods do not explore. `exploration_task` contains the task options that differ
-    during exploration.
+    `task` is passed to the world's `reset(options={"task": ...})`. With goals of the logging policy, the policy acts
+    for `goal_offset` steps from the start, and the frame that it reaches is the goal. Before the start, the policy acts
+    for a number of steps sampled uniformly from 0 to `start_steps`, so that episodes start in the middle of its
+    behaviour. A method that explores may act for `exploration` steps in each episode's world; then the world is reset
+    to the start, and the method receives the goal. Other methods do not explore. `exploration_task` contains the task
+    options that differ during exploration.
     """
 
     episodes: int = Field(default=100, ge=1)
@@ -203,8 +205,9 @@ class Protocol(Config):
     multiple of the shortest path if the world provides it. `min_distance` is the minimum distance between start and
     goal by the vector of the success rule; by default, logged goals are farther away than the rule's radius. With
     `count_solved`, logged goals that the start already satisfies are kept and count as successes, as is common in the
-    field. Goals depend only on `seed`, the split and the protocol's name. Episodes that break one of the `limits` are
-    counted, and continue. `pictures` says how the world's pictures are stored, if this is not clear from its space.
+    field. The reset seeds of the episodes depend only on `seed`, the split, and the protocol's name and version.
+    Episodes that break one of the `limits` are counted, and continue. `pictures` says how the world's pictures are
+    stored, if this is not clear from the observation space.
     """
 
     name: str

@@ -17,7 +17,8 @@
 - `episodes`: `index`, `seed`, `success`, `steps`, `budget`, `shortest_steps`, `start_distance`, `end_distance`,
   `wall_between`, `task` (digest of start and goal), `violations` (steps at which a limit was broken).
 
-Figures that are computed from the episodes are written for other readers; `Results.read` recomputes them.
+Figures that are computed from the episodes are written for other programs; `Results.read` computes them again from the
+episodes.
 """
 
 import math

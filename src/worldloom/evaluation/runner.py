@@ -53,11 +53,12 @@ def evaluate(
 ) -> Results:
     """Evaluate each method on each split, up to `batch` environments at a time.
 
-    Each factory is called once and returns an agent that acts for a batch; see `worldloom.core.seams.Agent` for its
-    optional methods. An agent with `plan_seconds` in its statistics is timed by its plans, any other agent by its calls
-    of `act`. The first `record` successes and the first `record` failures of each row become recordings. `model` is the
-    fingerprint of the weights. A `witness` observes the episodes. A plant runs one episode at a time. Under `rules`,
-    methods that may not act on a plant are skipped with a warning, and listed in the results' provenance as `skipped`.
+    `methods` maps names to factories. Each factory is called once and returns an agent that acts for a batch; see
+    `worldloom.core.seams.Agent` for its optional methods. An agent with `plan_seconds` in its statistics is timed by
+    its plans, any other agent by the calls of its `act`. The first `record` successes and the first `record` failures
+    of each row become recordings. `model` is the fingerprint of the weights. A `witness` observes the episodes. A plant
+    runs one episode at a time. Under `rules`, methods that may not act on a plant are skipped with a warning, and
+    listed in the results' provenance as `skipped`.
 
     Raises:
         ConfigError: there is no method, the batch is below 1, a factory returns something other than an `Agent`, or

@@ -1,4 +1,4 @@
-"""The worlds of a protocol, what may act in them, and the locations in their error messages."""
+"""The worlds of a protocol, which methods may act in them, and the locations in their error messages."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from worldloom.evaluation.protocol import Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class ActingRules:
-    """What may act under a rule set. These rules restrict only worlds that are not simulators.
+    """Which methods may act under a rule set. The restrictions apply only in plants; see `Worlds`.
 
     Attributes:
         methods: the names of the methods that obey the rule set.
         chosen: the names of methods that the user chose. An error is raised if one of them may not act; other methods
             that may not act are skipped.
-        guard: converts a logging policy to one that follows it as far as the rule set permits.
+        guard: returns a policy that follows the given logging policy as far as the rule set permits.
         simulator: whether a world that declares nothing counts as a simulator.
     """
 
@@ -121,7 +121,7 @@ def open_world(protocol: Protocol, size: int) -> VectorWorld:
 
 
 def naming(world: VectorWorld, seeds: Sequence[int], where: str) -> Where:
-    """Return a function that names a place in the world: `where`, the episode's seed and the step."""
+    """Return a function that describes a place for error messages: `where`, the episode's seed and the step."""
 
     def name(row: int | None) -> str:
         if row is not None:

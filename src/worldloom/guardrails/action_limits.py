@@ -1,4 +1,4 @@
-"""Action limits: apply the guardrails that depend only on actions to every action that no search has checked.
+"""Action limits: enforce the guardrails that depend only on actions for every action that no search has checked.
 
 Fallbacks, safe actions and logged policies do not come from a search under the guardrails. Limits on actions need no
 prediction, so these actions can be corrected exactly.
@@ -32,7 +32,7 @@ class ActionLimits:
     `bounds` are the bounds of an action block, by default those of the model.
 
     Raises:
-        ConfigError: lengths of actions within the bounds cannot be computed.
+        ConfigError: lengths of actions within the bounds are too small or too large for single precision.
     """
 
     def __init__(

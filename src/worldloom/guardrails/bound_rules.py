@@ -77,7 +77,7 @@ class BoundRules:
         return read_margins(path, self.rule_set, method=method, inputs=self.inputs(), signers=self._signers())
 
     def inputs(self) -> dict[str, str]:
-        """Return digests of everything besides rule set and method that margins depend on.
+        """Return digests of everything that margins depend on, except the rule set and the method.
 
         These are the model, the heads that planners and guardrails read, the pictures that guardrails and objectives
         name, and the models of other runs that they name.

@@ -18,8 +18,9 @@ _STATES = 512
 def check_consistent(guardrails: Sequence[Guardrail], model: WorldModel, support: Support) -> None:
     """Check that the guardrails do not contradict each other.
 
-    For each guardrail, each pair, and all together, the data must contain a state from which the prediction for the
-    action nearest to zero violates none of them.
+    For each guardrail, each pair of guardrails, and all guardrails together, the data must contain a state that
+    satisfies them. A state satisfies guardrails if the prediction from this state, for the action nearest to zero,
+    violates none of them.
 
     Raises:
         ConfigError: there is no such state for a guardrail, a pair or all together; the message names the guardrails.

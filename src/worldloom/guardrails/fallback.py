@@ -115,9 +115,10 @@ class _Toward(Fallback):
         """Return the state to plan toward."""
 
     def plan(self, infeasible: Infeasible) -> Plan:
-        """Plan toward the state.
+        """Return a plan toward the state.
 
-        If no plan satisfies the guardrails, use the plan with the smallest violations; stop if that plan is not finite.
+        Where no plan satisfies the guardrails, this is the plan with the smallest violations or, if that plan is not
+        finite, the plan of `Stop`.
         """
         toward = infeasible.objective(self.state(infeasible))
         try:

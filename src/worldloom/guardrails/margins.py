@@ -3,9 +3,9 @@
 A search picks the candidate that looks best, and among similar candidates the one whose prediction is most
 optimistic. A guarantee for each single candidate therefore does not extend to the chosen candidate: if each of k
 candidates is wrongly admitted with probability a, at least one of them is admitted with probability up to
-1 - (1 - a)^k. Instead, each calibration episode has one score: the factor on the margins above which the plan that
-broke a guardrail in the episode is refused. If a new episode is exchangeable with the calibration episodes, it breaks a
-guardrail with at most the stated probability, whatever the search does.
+1 - (1 - a)^k. Instead, each calibration episode has one score: the factor on the margins above which the first plan
+that broke a guardrail in the episode would have been refused. If a new episode is exchangeable with the calibration
+episodes, it breaks a guardrail with at most the stated probability, whatever the search does.
 """
 
 import itertools
@@ -156,13 +156,14 @@ def conformal_quantile(scores: Float[Tensor, "N"], risk: float) -> float:
 
 
 def tolerance_quantile(scores: Float[Tensor, "N"], risk: float, confidence: float) -> float:
-    """Return a bound that new scores exceed at a rate up to `risk`, in the fraction `confidence` of calibrations.
+    """Return a bound that new scores exceed at a rate of at most `risk`, with probability at least `confidence`.
 
-    The conformal quantile keeps the risk only on average over calibrations. With this bound, the probability that a
-    calibration keeps the risk is at least `confidence` (a one-sided tolerance limit, Wilks 1941; training-conditional
-    validity, Vovk 2012). The bound is the score that k other scores exceed, where k is the largest number for which a
-    binomial variable of n trials at rate `risk` is at most k with probability at most 1 - `confidence`. If no k
-    satisfies this, the bound is infinite.
+    The probability is over calibrations: this is a one-sided tolerance limit (Wilks 1941; training-conditional
+    validity, Vovk 2012). The conformal quantile, in contrast, keeps the risk only on average over calibrations.
+
+    The bound is the score that k other scores exceed, where k is the largest number for which a binomial variable of n
+    trials at rate `risk` is at most k with probability at most 1 - `confidence`. If no k satisfies this, the bound is
+    infinite.
 
     Raises:
         DataError: the risk or the confidence is not between 0 and 1, or a score is NaN.
@@ -180,10 +181,10 @@ def tolerance_quantile(scores: Float[Tensor, "N"], risk: float, confidence: floa
 def margin_shape(errors: Float[Tensor, "N G T"], risk: float, *, least: float = 1e-3) -> Float[Tensor, "G T"]:
     """Return margins; an error on a section of logs exceeds its margin with probability at most `risk`.
 
-    An error is the true violation minus the predicted one; NaN errors are left out. For each guardrail
-    and step, the margin is the conformal quantile of the errors. The margin bounds the error of any single candidate,
-    but does not bound the error of the candidate that a search chooses. Margins never decrease along a plan, and no
-    margin is below `least` times the largest margin.
+    An error is the true violation minus the predicted one; NaN errors are left out. For each guardrail and step, the
+    margin is the conformal quantile of the errors. The margin bounds the error of a single candidate, but not the error
+    of the candidate that a search chooses among many. Margins never decrease along a plan, and no margin is below
+    `least` times the largest margin.
 
     Raises:
         DataError: there are too few sections for this risk.
@@ -203,7 +204,10 @@ def margin_shape(errors: Float[Tensor, "N G T"], risk: float, *, least: float = 
 
 
 def refusing(predicted: Float[Tensor, "N G T"], shape: Float[Tensor, "G T"]) -> Float[Tensor, "N"]:
-    """Return, for each plan, the factor on margins of this shape above which the plan is refused."""
+    """Return, for each plan, the factor on margins of this shape above which the plan is refused.
+
+    `predicted` are the predicted violations without margins.
+    """
     return (-predicted / shape).amin(dim=(1, 2)).nan_to_num(nan=math.inf)
 
 

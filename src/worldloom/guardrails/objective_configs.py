@@ -19,7 +19,7 @@ from worldloom.heads import Heads
 
 
 class ObjectiveConfig(Component):
-    """A cost as data; a new one is a subclass with `build`, registered in `OBJECTIVES`."""
+    """A cost as written in a rule file. To add a kind, register a subclass with `build` in `OBJECTIVES`."""
 
     weight: float = Field(default=1.0, gt=0)
 

@@ -30,11 +30,11 @@ _BETWEEN = 4  # places at which each block is checked, because a hazard may be n
 
 
 class Rail(Component):
-    """A guardrail as data. A new one is a subclass with `reads`, `violation` and `_tightens`, added to `GUARDRAILS`.
+    """A guardrail as written in a rule file. To add a kind, register a subclass in `GUARDRAILS`.
 
-    `reason` explains the rule to people; `margin` is added to the calibrated margin. A rail that
-    depends only on actions sets `of_actions`, so that a search evaluates it before rails that need a network, and so
-    that fallbacks and safe actions obey it too.
+    The subclass defines `reads`, `violation` and `_tightens`. `reason` explains the rule to people; `margin` is added
+    to the calibrated margin. A rail that depends only on actions sets `of_actions`. A search then evaluates it before
+    rails that need a network, and fallbacks and safe actions obey it too.
     """
 
     of_actions: ClassVar[bool] = False
@@ -84,10 +84,10 @@ class Rail(Component):
 
     @abstractmethod
     def _tightens(self, other: Any) -> bool:
-        """Whether this rail implies `other`, a rail of the same class; margins are not compared."""
+        """Whether satisfying this rail implies satisfying `other`, of the same class; margins are not compared."""
 
     def tightens(self, other: "Rail") -> bool:
-        """Whether this rail with its margin implies the other rail with its margin; false if that is unknown."""
+        """Whether satisfying this rail with its margin implies satisfying the other with its own; false if unknown."""
         return type(self) is type(other) and self.margin >= other.margin and self._tightens(other)
 
     def bind(self, title: str, owner: str, heads: Heads) -> "BoundRail":
@@ -388,9 +388,9 @@ class Rate(_OfActions):
 class Custom(Rail):
     """Any limit in Python: a function of rollouts that returns violations.
 
-    It returns one violation per predicted step, of shape (B, S, T), or one per plan, of shape (B, S).
+    The function returns one violation per predicted step, of shape (B, S, T), or one per plan, of shape (B, S).
 
-    The function receives copies of the rollouts, and may change the copies in place.
+    It receives copies of the rollouts, and may change the copies in place.
     """
 
     name: Literal["custom"] = "custom"
@@ -448,10 +448,10 @@ def _way(probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T P L"]:
 
 
 def _known(violation: Float[Tensor, "B S T"], probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-    """Return the violation, raised above 0 for each latent that is unlike the probe's `support`.
+    """Return the violation, raised above 0 for each latent that is unlike the data of the probe (its `support`).
 
-    For such a latent, the violation is at least the amount by which the gap, in units of `Support.known`, exceeds 1. A
-    gap that is NaN gives NaN, which counts as broken.
+    The gap of a latent is its distance to these data, in units of `Support.known`. Where the gap exceeds 1, the
+    violation is at least the excess. A gap that is NaN gives NaN, which counts as broken.
     """
     excess = probe.support.gap(rollouts.latents) - 1
     return torch.where(excess <= 0, violation, torch.maximum(violation, excess))

@@ -47,7 +47,7 @@ class Recalibration:
         return max(1.0, self._tracker.margin / self._usual)
 
     def see(self, plan: Plan, before: Float[Tensor, "B D"], here: Float[Tensor, "B D"]) -> None:
-        """Compare the observed latents `here` with a plan's prediction for its first block, which began at `before`."""
+        """Compare the observed latents `here` with the prediction of a plan's first block from the latents `before`."""
         seen = seen_violations(self._rails, plan, 0, still(before, self._model), here)
         self._tracker.update(*errors_seen(self._rails, plan, 0, seen, self.stretch).tolist())
 

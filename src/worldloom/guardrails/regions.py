@@ -71,7 +71,7 @@ class Ball(Region):
 
 @REGIONS.register("box")
 class Box(Region):
-    """All points between two corners; a null value or a missing corner leaves the sides that it would bound open."""
+    """All points between two corners. A side is open if its value in a corner is null, or if the corner is missing."""
 
     name: Literal["box"] = "box"
     low: tuple[float | None, ...] = ()

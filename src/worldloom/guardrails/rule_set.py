@@ -1,4 +1,4 @@
-"""Rule sets: guardrails, objectives and a fallback as data, in layers; each may only tighten the layers above it."""
+"""Rule sets: guardrails, objectives and a fallback as data, in layers. A layer may only tighten the layers above it."""
 
 import hashlib
 from collections.abc import Collection, Sequence

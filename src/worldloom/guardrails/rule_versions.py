@@ -1,7 +1,7 @@
 """Refuses a signed rule layer that is older than one the user has already read.
 
 The newest version of each layer is stored in the user's state (see `state_folder`), for all runs, and survives
-restarts. Layers are told apart by the signer's key, layer, owner and name.
+restarts. The signer's key, layer, owner and name identify a layer.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _KIND = "worldloom rule versions"
 
 @dataclass(frozen=True, kw_only=True)
 class SignedLayer:
-    """The identity of a verified layer: where it was read, what tells it from other layers, its version and digest."""
+    """The identity of a verified layer: its path, the `series` that distinguishes it, its version and its digest."""
 
     path: str
     series: tuple[str, str, str, str]  # signer, layer, owner, name

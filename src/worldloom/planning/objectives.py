@@ -43,8 +43,8 @@ class _Reach(Stage):
 class GoalObjective(_Reach):
     """Reach a goal latent: the mean distance along the plan plus `last_weight` times the final distance.
 
-    The mean decides between plans with the same end, so that the agent does not hesitate before a door. A goal nearer
-    than `within` counts as reached.
+    The mean distance decides between plans with the same end. Without it, a plan that waits would cost no more than a
+    plan that starts at once, and the agent could hesitate before a door. A goal nearer than `within` counts as reached.
     """
 
     metric: Metric
@@ -91,7 +91,7 @@ class RegionGoal(_Reach):
     last_weight: float = 1.0
 
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return the distance of each predicted state from the region or, inside the region, minus its depth."""
+        """Return the signed distance of each predicted state from the region; it is negative inside the region."""
         return -self.region.depth(self.quantity(rollouts.latents))
 
 

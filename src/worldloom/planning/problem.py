@@ -174,7 +174,10 @@ class PlanningProblem:
         )
 
     def tightened(self, by: Mapping[str, float]) -> "PlanningProblem":
-        """Return the problem with tighter guardrails: 1.5 times the violation in `by` (by name) is added to each."""
+        """Return the problem with tighter guardrails: to each violation, 1.5 times its value in `by` is added.
+
+        `by` maps names of guardrails to violations; only finite values above 0 count.
+        """
         extra = {name: 1.5 * amount for name, amount in by.items() if 0 < amount < math.inf}
         return self._with(
             guardrails=[
@@ -219,11 +222,13 @@ class PlanningProblem:
         best: int | None = None,
         below: Float[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B S"]:
-        """Return a penalised cost per candidate: its cost, or a value above `FORBIDDEN` that grows with its violation.
+        """Return a penalised cost for each candidate.
 
-        With `best`, only the `best` lowest values of each environment are exact. Guardrails are then evaluated in order
-        of cost, and not for candidates that cannot be among the best. With `below` and one candidate per environment,
-        guardrails are not evaluated where the cost is at least `below`; only lower values are exact.
+        This is the cost of a candidate that satisfies all guardrails; otherwise it is a value above `FORBIDDEN` that
+        grows with the violation. With `best`, only the `best` lowest values of each environment are exact. Guardrails
+        are then evaluated in order of cost, and not for candidates that cannot be among the best. With `below` and one
+        candidate per environment, guardrails are not evaluated where the cost is at least `below`; only values that are
+        lower than `below` are exact.
         """
         # Group the environments so that rollouts are scored while they are in the cache.
         chunks = [rows for rows, _ in self._chunks(actions.shape[0], min(actions.shape[1], _CPU_ROWS))]

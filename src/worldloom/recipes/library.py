@@ -88,7 +88,7 @@ def closing_doors() -> Recipe:
 
 @RECIPES.register("maze")
 def maze() -> Recipe:
-    """A random maze in each episode, with goals more than 100 steps away, beyond the horizon of a flat planner."""
+    """A random maze in each episode, with goals more than 100 steps away: too far for a planner without subgoals."""
     return Recipe(
         name="maze",
         description="Mazes in 64x64 RGB, with a random layout in each episode; goals more than 100 steps away.",

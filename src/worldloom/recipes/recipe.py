@@ -41,10 +41,10 @@ class LabelledProbe(ProbeConfig):
 class Recipe(Config):
     """The settings of `collect`, `train` and `evaluate`. For external data, `collection` and `protocol` are None.
 
-    `hierarchy` contains coarser models. Each one predicts several steps of the model before it; the first predicts
-    steps of the world model. `probes` decode named quantities from latents; planners use them only through guardrails
-    and objectives. `rules` is the uppermost layer of the agents' rule set; lower layers may only tighten it. `methods`
-    are the rows of the results table, in order; `default_method` is the one that acts unless another is chosen.
+    `hierarchy` contains coarser models. One step of a coarser model spans several steps of the model before it; the
+    first one spans steps of the world model. `probes` decode named quantities from latents; planners use them only
+    through guardrails and objectives. `rules` is the uppermost layer of the agents' rule set; lower layers may only
+    tighten it. `methods` are the rows of the results table, in order; `default_method` acts unless another is chosen.
     """
 
     name: str

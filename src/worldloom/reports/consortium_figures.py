@@ -22,9 +22,11 @@ Points = Sequence[tuple[float | int, float | int]]
 
 
 def loss_curves(history: LedgerHistory) -> Themed | None:
-    """Draw the held-out loss of each member by base; solid lines are rounds, dotted ones local training.
+    """Draw the held-out loss of each member over the bases.
 
-    If the ledger has no losses of members, draw the loss of the median member. Return None if there are no losses.
+    A solid line is the change of the loss by a round; a dotted line is the change by the member's own training between
+    two rounds. If the ledger has no losses of members, draw the loss of the median member. Return None if there are no
+    losses.
     """
     curves = {name: _judged(history, name) for name in history.members}
     if not any(curves.values()):
@@ -76,9 +78,9 @@ def influence(history: LedgerHistory) -> Themed | None:
 
 
 def bytes_up(history: LedgerHistory, base: int | None) -> Themed | None:
-    """Draw the bytes uploaded per round, and their sum beside the sum for float32 gradients at each step.
+    """Draw the bytes uploaded per round, and the total beside that of float32 gradients at each training step.
 
-    `base` is the size of the base in bytes.
+    `base` is the size of the base in bytes; without it, the totals are left out. Return None if nothing was uploaded.
     """
     if not history.bytes:
         return None

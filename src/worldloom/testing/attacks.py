@@ -1,7 +1,8 @@
 """Attacks on a federation, to measure its privacy and its defences.
 
-A curious reader of models and deltas attacks by `membership_inference` and `reconstruct`, a malicious owner by
-`sign_flip`, `scale` and `backdoor`. A delta, the change that an owner contributes, maps names to tensors.
+A curious reader of models and deltas can use `membership_inference` and `reconstruct`. A malicious owner can use
+`sign_flip`, `scale` and `backdoor`. A delta is the change that an owner contributes, as a mapping from names to
+tensors.
 """
 
 import math

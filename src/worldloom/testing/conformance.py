@@ -12,11 +12,12 @@ _ATTRIBUTES = (*WorldModel.__annotations__, *(name for name in vars(WorldModel) 
 def check_world_model(model: WorldModel, *, seed: int = 0, tolerance: float = 1e-4) -> None:
     """Raise `AssertionError` if `model` breaks a guarantee of `WorldModel`; the message names the guarantee.
 
-    The checks cover the attributes of `WorldModel`, shapes and finiteness, and that equal inputs give equal results. An
-    observation's latent depends on that observation only; the prediction of a candidate or an environment does not
-    depend on other candidates or environments. The first steps of a long rollout equal a short rollout. The first
-    future action changes the first predicted frame. Inputs stay unchanged. The model may be untrained; put modules in
-    evaluation mode first. `tolerance` is absolute and relative.
+    The checks cover the attributes of `WorldModel`, shapes and finite values, and the following guarantees. Equal
+    inputs give equal results. An observation's latent depends on that observation only. The prediction for a candidate
+    or an environment does not depend on other candidates or environments. The first steps of a long rollout equal a
+    short rollout. The first future action changes the first predicted frame. Inputs stay unchanged.
+
+    The model may be untrained; put modules in evaluation mode first. `tolerance` is absolute and relative.
     """
     missing = [name for name in _ATTRIBUTES if not hasattr(model, name)]
     assert not missing, (

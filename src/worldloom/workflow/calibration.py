@@ -1,4 +1,4 @@
-"""Calibrates a rule set's margins: their shape on held-out logs, their scale on plans that a method chooses."""
+"""Calibrates a rule set's margins: held-out logs give their shape, and plans that a method chooses give their scale."""
 
 import logging
 import math
@@ -59,13 +59,15 @@ def calibrate(
     """Calibrate the margins of a rule set for a method, and write them into the run folder.
 
     The rule set comes from the session or from the recipe. The shape of the margins comes from held-out logs: for each
-    guardrail and step ahead, the conformal quantile of the true value minus the predicted value. Then the method acts
-    in episodes of the protocol, with seeds that evaluations never use, and with the margins multiplied by a factor.
-    Each episode has a score. The score is 0 if no guardrail was broken. Otherwise it is the smallest factor with which
-    the margins would have refused the first plan that broke a guardrail, or infinite if the fallback acted instead of a
-    plan. If the tolerance quantile of the scores is at most the factor, the risk is met at this confidence, in such
-    episodes and for plans that are chosen with these margins. Otherwise the next round uses the quantile as its factor,
-    limited to 1.25 to 1.5 times the previous factor, on new episodes.
+    guardrail and step ahead, the conformal quantile of the true violation minus the predicted violation. The scale is
+    found in rounds. In each round the method acts in new episodes of the protocol, with seeds that evaluations never
+    use, and with the margins multiplied by a factor.
+
+    Each episode has a score, which is 0 if no guardrail was broken. Otherwise the score is the smallest factor with
+    which the margins would have refused the first plan that broke a guardrail, or infinite if the fallback acted
+    instead of a plan. If the tolerance quantile of the scores (see `tolerance_quantile`) is at most the round's factor,
+    calibration ends: the risk is met at this confidence, in such episodes and for plans that are chosen with these
+    margins. Otherwise the next round's factor is the quantile, limited to 1.25 to 1.5 times the previous factor.
 
     For a method with the guard "per candidate", the margins come only from the logs. The margins are signed with `key`,
     by default the user's own key.
@@ -158,7 +160,7 @@ def _quantities(run: Run) -> dict[str, str]:
 
 
 class _Scores:
-    """Scores each episode by the factor that would have refused the first plan that broke a guardrail."""
+    """Scores each episode by the smallest factor that would have refused the first plan that broke a guardrail."""
 
     def __init__(self, run: Run, config: PlannedMethod, shape: Float[Tensor, "G T"], factor: float) -> None:
         self._model, self._labels = run.model, _quantities(run)
@@ -176,9 +178,9 @@ class _Scores:
         return [*self._done, *self._now.tolist()]
 
     def usual(self, risk: float) -> float:
-        """Return the prediction error that is exceeded with probability `risk` at the end of a block.
+        """Return the prediction error, in units of the margins, that is exceeded with probability `risk`.
 
-        The error is in units of the margins.
+        The errors are measured at the end of each executed block.
         """
         found = torch.cat(self._errors) if self._errors else torch.ones(0)
         usual = conformal_quantile(found, risk)

@@ -76,11 +76,11 @@ def explain(
     *,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Draw a plan for one environment as a PNG, and return its figures.
+    """Draw a plan for one environment as a PNG, and return the numbers in it as JSON values.
 
-    The model does not predict pictures. A predicted state is shown as the most similar frame of held-out logs, with its
-    distance in typical model steps. `violations` has each guardrail's worst violation along the plan; the violation
-    includes the guardrail's margin.
+    The model does not predict pictures. A predicted state is shown as the frame of held-out logs with the most similar
+    latent; the picture states the distance between the two latents, in typical model steps. In the result, `violations`
+    has each guardrail's worst violation along the plan, including the guardrail's margin.
 
     Raises:
         DataError: the model has no pixel observations, or the logs cannot be read.

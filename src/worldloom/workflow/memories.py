@@ -31,7 +31,7 @@ def encode_picture(run: Run, path: Path, memory: EpisodicMemory) -> Float[Tensor
 
 
 def remember(run: Run, data: Path | str, memory: EpisodicMemory, *, progress: Progress = SILENT) -> int:
-    """Append the episodes of a dataset to a memory, one record per frame that the model sees; return the record count.
+    """Append the episodes of a dataset to a memory, one record per model step; return the number of records.
 
     Raises:
         DataError: the dataset's observations or actions do not match the model, or the columns of its vector are in

@@ -49,9 +49,9 @@ class Replayed:
 
     Attributes:
         plan: the plan of the repetition.
-        body: the body of the entry.
-        differ: the names of the parts of the entry that the repetition does not confirm, bit for bit.
-        unchecked: what a repetition cannot confirm.
+        body: the body of the recorded entry.
+        differ: the names of the entry's values that the repetition does not reproduce bit for bit.
+        unchecked: descriptions of what a repetition cannot confirm.
     """
 
     plan: Plan
@@ -62,7 +62,11 @@ class Replayed:
 
 @dataclass(kw_only=True)
 class _Place:
-    """A decision in its log: its entry, that of the agent, and the previous decision, with what went on since."""
+    """A decision in its log: its entry, the 'opened' entry that describes the agent, and the previous decision's entry.
+
+    `selections` are the indices of the environments that went on after the previous decision, one list per time that
+    environments ended.
+    """
 
     entry: Entry
     opened: Entry
@@ -107,7 +111,7 @@ def replay_entry(folder: Path, index: int, *, run: Path | None = None, progress:
     """Repeat a decision of a log, and compare it with its entry.
 
     The agent is built from the method, the rule set's layers and the margins in the log. `run` is the run folder, if it
-    has been moved since. The previous decision is repeated too, because the entry says what happened after it.
+    has been moved since. The previous decision is repeated too, because the entry also records its outcome.
 
     Raises:
         DataError: the entry is not a decision, the run now contains a different model, or a part of the log is missing,
@@ -175,7 +179,9 @@ def _happened(
     rails: Sequence[BoundRail],
     here: Tensor,
 ) -> dict[str, Any] | None:
-    """Return what happened after the previous decision, which is repeated for this, in the state `here`.
+    """Repeat the previous decision, and return what happened after it (see `happened_after`); `here` is the new latent.
+
+    Returns None if the previous decision was for another number of environments.
 
     Raises:
         DataError: the previous decision does not fit the model, or the environments that went on are not among its.
@@ -188,8 +194,8 @@ def _happened(
     for environments in place.selections:
         if max(environments, default=0) >= len(before.goal):
             raise DataError(
-                f"after entry {place.previous.index}, the environments {environments} went on, but it has only "
-                f"{len(before.goal)}; {FORGED}"
+                f"after entry {place.previous.index}, the environments {environments} went on, but that decision is "
+                f"for only {len(before.goal)} environments; {FORGED}"
             )
         before, plan = before[environments], plan[environments]
     if len(before.goal) != len(here):

@@ -21,7 +21,7 @@ _PATHS = 6
 
 
 def report_data(run: Run) -> ReportData:
-    """Return the figures for the report; parts are left out if the dataset cannot be read or has no 2-D position."""
+    """Return the report's data about a run; parts are left out if the dataset is unreadable or has no 2-D position."""
     baselines = [
         name for name, method in run.recipe.methods.items() if isinstance(method, RandomMethod | CloningMethod)
     ]
@@ -81,7 +81,10 @@ class _Shown:
         self.unit = "px" if self._in_pixels else ""
 
     def predicted_paths(self) -> PredictedPaths | None:
-        """Compare the positions in open-loop predictions, read by the probe, with the recorded ones."""
+        """Return the positions that the probe reads from open-loop predictions, with the recorded positions.
+
+        Returns None if the episodes are too short.
+        """
         context = self._model.spec.context
         longest = min(len(latents) for latents in self._latents)
         if longest <= context:
@@ -106,7 +109,10 @@ class _Shown:
         )
 
     def distance_map(self) -> DistanceMap:
-        """Measure the distance from imagined states to an episode's last state; the probe reads their positions."""
+        """Return the distances from imagined states to the last state of an episode.
+
+        The probe reads the positions of the imagined states from their latents.
+        """
         row = int(np.argmax([np.ptp(position.numpy()[:, 0]) for position in self._positions]))
         episode = LatentEpisodes.of([(self._latents[row], self._blocks[row])])
         generator = torch_generator(0, "distance-map")

@@ -114,8 +114,8 @@ class Run:
         """The protocol for the world in which the data were collected; None if the world has none, or is unknown.
 
         This is the recipe's protocol if it has the same environment, else the environment's default protocol. If the
-        data were collected with other environment arguments than usual, or with picture options, the protocol has these
-        too, and its name ends in "-custom".
+        data were collected with picture options, or with environment arguments that differ from those of the recipe or
+        protocol, the returned protocol has these too, and its name ends in "-custom".
         """
         own = self.recipe.protocol if self.has_protocol else None
         if (title := own or default_protocol(self.environment.get("id"))) is None:
@@ -161,7 +161,7 @@ class Run:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The figures of the heads: held-out episodes, fitting times in seconds, step length, rank correlations."""
+        """Numbers about the heads: held-out episodes, fitting times in seconds, step length, rank correlations."""
         path = self.path / "heads.json"
         figures: dict[str, Any] = read_json(path) if path.is_file() else {}
         check_shape(figures, _Figures, path)
@@ -213,10 +213,11 @@ class Run:
         return {path.parent.name: results for path, results in found.items()}
 
     def summary(self) -> dict[str, Any]:
-        """Return the figures for a comparison of runs.
+        """Return the numbers for a comparison of runs.
 
-        `success` is the default method's mean success rate over the splits of one `evaluation`. That is the evaluation
-        with the unchanged protocol of the recipe or its environment or, if there is none, the newest.
+        `success` is the default method's mean success rate over the splits of one evaluation, and `evaluation` is the
+        name of that evaluation. It is the one with the unchanged protocol of the recipe or its environment. If there is
+        none, it is the newest one.
         """
         recipe = recipe_values(self.folder)  # not parsed, because a component may need a module that is not imported
         metrics = self.folder.metrics()

@@ -23,10 +23,11 @@ from worldloom.workflow.run import Run
 class Session:
     """A run with rules, a memory and an audit log, for use in a `with` statement.
 
-    Its agents obey the rules, write to the memory and log their decisions. The layers of `rules` are added below the
-    recipe's own layer. `memory` is the directory of the episodic memory; a missing directory is created. `audit` is
-    the directory of the audit log, which records the decisions of one agent. `simulator` declares that a world is a
-    simulator if the world itself declares nothing (see `worldloom.evaluation.Worlds`).
+    Its agents obey the rules, write to the memory and log their decisions. The layers of `rules` come after the
+    recipe's own layer, which they may only tighten. `memory` is the directory of the episodic memory; a missing
+    directory is created. `audit` is the directory of the audit log, which records the decisions of one agent. With
+    `simulator`, a world that does not declare whether it is a simulator counts as one (see
+    `worldloom.evaluation.Worlds`).
 
     Raises:
         ConfigError: `rules` loosen the recipe's rules.
@@ -85,9 +86,9 @@ class Session:
     ) -> ActingRules | None:
         """Return which methods may act on a plant under the session's rules (see `ActingRules`); None without rules.
 
-        `chosen` are the methods that the user chose, and `others` are agents of other libraries. `guarding`, with
-        `margins`, is the method that guards the logging policy. By default this is the recipe's default method or, if
-        that does not obey guardrails, the first method that does.
+        `chosen` are the methods that the user chose, and `others` are the names of agents of other libraries.
+        `guarding`, with `margins`, is the method that guards the logging policy. By default it is the recipe's default
+        method or, if that method does not obey guardrails, the first method that does.
         """
         if self.rules is None:
             return None
@@ -139,9 +140,9 @@ class Session:
 
 @contextmanager
 def fast_planning(run: Run, environments: int = 8) -> Iterator[None]:
-    """Run a block with the number of CPU threads that plans fastest for a number of environments (see `time_threads`).
+    """Run a `with` block with the number of CPU threads that plans fastest for `environments` (see `time_threads`).
 
-    The measured plans are between blank observations, and only their time is used.
+    To measure this, it plans between blank observations, and discards the plans.
     """
     if run.device.type != "cpu" or not choosable_threads():
         yield

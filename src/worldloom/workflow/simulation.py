@@ -64,7 +64,7 @@ class OwnerConfig(Config):
 
 
 class ConsortiumConfig(Config):
-    """Owners with worlds of one recipe, and their rules; `rules` are fields of `Constitution`.
+    """Owners with worlds of one recipe, and their rules; `rules` are additional fields of the `Constitution`.
 
     With `stems` each owner's pixels and actions pass through the owner's own small input layers before the shared
     tensors. The `pilot` trains the first base alone for `align_steps`; the other owners then train their stems against
@@ -109,7 +109,7 @@ class ConsortiumConfig(Config):
         return self.align_steps + self.rounds * self.inner_steps
 
     def recipe_of(self, name: str, seed: int, *, steps: int | None = None) -> Recipe:
-        """Return an owner's recipe with a number of steps, by default those up to the last base."""
+        """Return an owner's recipe; it trains for `steps`, by default the number of steps up to the last base."""
         owner, collection = self.owners[name], load_recipe(self.recipe).collection
         world = {**(collection.env_kwargs if collection else {}), **owner.world}
         if owner.factors:
@@ -160,7 +160,8 @@ def simulate(
     """Collect each owner's logs, sign the constitution for all members, run the rounds, and fine-tune for each owner.
 
     Finished parts are reused, so that a killed simulation, when repeated, has the same result as an uninterrupted one.
-    Each of `handlers` wraps an owner's node and may sign with the owner's key, for example to simulate an attack.
+    `handlers` maps owners to functions. Each receives the handler of the owner's node and the owner's key, and returns
+    the handler that is used instead, for example to simulate an attack.
 
     Raises:
         ConfigError: the rules contradict each other.
@@ -254,7 +255,7 @@ def open_node(
     seed: int,
     progress: Progress,
 ) -> Iterator[Node]:
-    """Open a member's node with its run folder in `home`; only data that its card permits train the shared base."""
+    """Open a member's node with its run folder in `home`; data trains the shared base only if its card permits this."""
     run, partition = run_folder(recipe, dataset, home / "run", seed), PartitionConfig.parse(constitution.partition)
     with closing(load_frames(dataset, recipe.data, progress=progress)) as frames:
         card = card_of(dataset.path, {key.public: name}, fingerprint=frames.fingerprint)

@@ -19,10 +19,11 @@ from worldloom.planning import GoalObjective, LatentL2, Planner
 class HierarchyConfig(Config):
     """How deep to plan; lengths are in typical steps of the fast model.
 
-    If the fast model predicts no arrival within `arrival` of the goal, the agent follows coarser model number `depth`
-    (0: never). With `depth=None`, the agent chooses the model at each decision, and follows a coarser model only under
-    two conditions: the gap to the goal that it predicts is below `ratio` times the gap predicted without it, and each
-    finer model predicts to come within `arrival` of the first state of the plan above its own.
+    If the fast model's plan does not come within `arrival` of the goal, the agent follows coarser model number `depth`
+    (0: never). With `depth=None`, the agent chooses the model at each decision. It then follows a coarser model only
+    under two conditions. First, the smallest distance to the goal along that model's plan is below `ratio` times the
+    distance that finer models reach. Second, the plan of each finer model comes within `arrival` of the first state of
+    the next coarser plan.
     """
 
     depth: int | None = Field(default=None, ge=0)

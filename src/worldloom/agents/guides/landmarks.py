@@ -50,7 +50,7 @@ class Outlook:
 
     "known": a route over landmarks leads to the goal. "sight": the goal is near enough to plan without a route. "lost":
     a known route has failed; the agent aims at the goal itself. "unknown": the goal was never observed, or no known
-    route leads to it; the agent goes to the nearest known place and stays.
+    route leads to it; the agent goes to the reachable landmark that is nearest to the goal, and stays.
     """
 
     kind: Literal["known", "sight", "lost", "unknown"]
@@ -88,8 +88,9 @@ class LandmarkGuide:
     """Aims a planning agent at landmarks on the cheapest route to its goal.
 
     States on the way are added to the graph; an edge that fails is dropped, and the route is searched again. Where no
-    route is known, the agent goes to the nearest known place; from there, `beyond` (if given) chooses subgoals.
-    `events` contains the event of each environment at the last plan: "arrived", "changed", "failed" or "".
+    route is known, the agent goes to the reachable landmark that is nearest to the goal; from there, `beyond` (if
+    given) chooses subgoals. `events` contains the event of each environment at the last plan: "arrived" at the goal,
+    "changed" (the world has changed), "failed" (an edge of the route) or "".
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class LandmarkGuide:
         return aims
 
     def _is_beyond(self, row: int) -> bool:
-        """Whether an environment without a known route is at the nearest known place, or has no known place."""
+        """Whether landmarks lead an environment no closer to its goal: no route is known, and no landmark remains."""
         way, unknown = self._ways[row], self.outlook[row].kind != "known"
         way.beyond = unknown and (way.beyond or way.aim in (way.at, -1))
         return way.beyond

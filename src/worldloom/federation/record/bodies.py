@@ -72,7 +72,7 @@ class _Trained(Body):
 
 
 class ContributionBody(_Trained):
-    """The facts of a contribution; the delta is in the tensors."""
+    """The facts of a contribution; the delta is in the message's tensors."""
 
     spent: Spent
 
@@ -96,9 +96,9 @@ class ReceiptBody(Body):
 class RefusalBody(Body):
     """The reason why a node does not answer, and what it lacks.
 
-    `length` is the number of ledger entries that it has, and `lacks` means that it has no copy of the base. `helped`
-    means that it has helped to unmask a sum of this round, and `left` that the owner left the consortium. `sender` is
-    the member whose share in a secure sum this node cannot use.
+    `length` is the number of ledger entries that the node has, and `lacks` means that it has no copy of the base.
+    `helped` means that the node has helped to unmask a sum of this round. `left` means that its owner left the
+    consortium. `sender` is the member whose share in a secure sum this node cannot use.
     """
 
     round: Number | None
@@ -145,7 +145,7 @@ class SharedBody(_InSession):
 
 
 class MaskedBody(_InSession):
-    """The weight of a masked delta, which is in the tensors."""
+    """The weight of a masked delta; the delta is in the message's tensors."""
 
     weight: Share
     spent: Spent
@@ -173,7 +173,10 @@ class _Ask(Body):
 
 
 class RoundAsk(_Ask):
-    """A request to train from a base, to judge it, or to store it; the base is in the tensors."""
+    """A request to train from a base, to evaluate it, or to store it.
+
+    The base is in the message's tensors, unless the coordinator has sent it to this node before.
+    """
 
     round: Number
     base: _Short

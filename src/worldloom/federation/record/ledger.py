@@ -1,9 +1,9 @@
 """The ledger of a consortium: signed, chained and countersigned events, never the data itself.
 
 The coordinator signs the content of an entry, its index and the hash of the previous entry. A contribution or exit also
-contains what the member itself signed, and a contribution names the head of the ledger that its member had seen. A
-coordinator could still rewrite the complete ledger, or show different ledgers to different members; the heads that
-members sign and store detect that.
+contains what the member itself signed. A contribution names the head of the ledger that its member had seen: the number
+of entries and the hash of the newest one. A coordinator could still rewrite the complete ledger, or show different
+ledgers to different members; the heads that members sign and store reveal this.
 """
 
 import itertools
@@ -57,7 +57,7 @@ class LedgerVerdict:
 
 
 Outcome = Literal["open", "counted", "refused", "left", "dropped"]
-"""What became of a contribution. "left": its member left; "dropped": its round ended, and no entry accounts for it."""
+"""What became of a contribution. "left": its member left; "dropped": its round ended, and no entry mentions it."""
 
 
 class Records:
@@ -78,7 +78,10 @@ class Records:
         return entries(self.path)
 
     def of(self, kind: str, round: int) -> list[Mapping[str, Any]]:
-        """Return the facts of a round's entries of one kind, without entries before the round's last succession."""
+        """Return the facts of a round's entries of one kind, in order.
+
+        If a new coordinator took over during the round (a succession), only the entries after that are returned.
+        """
         found: list[Mapping[str, Any]] = []
         for entry in self.entries():
             if entry.body["round"] == round and entry.body["kind"] in (kind, "succession"):
@@ -86,7 +89,7 @@ class Records:
         return found
 
     def exit_of(self, owner: str, before: int | None = None) -> Entry | None:
-        """Return the exit of an owner that has not returned; None for other owners.
+        """Return the entry of an owner's exit; None if the owner never left, or has returned since.
 
         If `before` is given, only the first `before` entries count.
         """
@@ -137,7 +140,7 @@ class Ledger(Records, Closing):
         return self._chain.head
 
     def has(self, head: ChainHead) -> bool:
-        """Return whether a head lies on the chain."""
+        """Return whether a head lies on this ledger's chain."""
         entries = tuple(self._all())
         return 1 <= head.length <= len(entries) and entries[head.length - 1].hash == head.hash
 
@@ -227,7 +230,7 @@ class LedgerReader(Records):
         return ""
 
     def fit_fault(self, body: Mapping[str, Any]) -> str:
-        """Return why the next entry does not fit the entries before it; see `LedgerRules`."""
+        """Return why the next entry does not fit the entries before it, or an empty string; see `LedgerRules`."""
         return self._rules.fault(body)
 
     def outcome(self, owner: str, number: int) -> tuple[Outcome, str]:

@@ -82,7 +82,10 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerHistory:
-    """All rounds so far; `total` is the constitution's number of rounds, or None if no constitution was given."""
+    """All rounds so far; `total` and `budget` are the constitution's number of rounds and its epsilon budget.
+
+    Both are None if no constitution was given; `budget` is also None if the constitution sets none.
+    """
 
     consortium: str
     members: tuple[str, ...]
@@ -93,7 +96,7 @@ class LedgerHistory:
 
     @property
     def done(self) -> bool:
-        """Whether the last round's base is published."""
+        """Whether the base after the last round is published; False if the number of rounds is unknown."""
         return self.total is not None and max(self.bases, default=-1) >= self.total
 
     @property

@@ -2,9 +2,9 @@
 
 An entry about a contribution contains exactly what the member signed, for the base of that round and for this ledger.
 The entry that ends a round names every contribution that was not refused. A base changes only by a round with
-contributions of at least a quorum. If the quorum is more than half of the members, two ledgers can therefore differ in
-one round only, and at most one of them continues: a member contributes to a round only after it has seen the round's
-base in its ledger, and a member accepts only one ledger.
+contributions of at least a quorum. A member accepts only one ledger, and contributes to a round only after it has seen
+the round's base in that ledger. If the quorum is more than half of the members, any two quorums share a member. Two
+ledgers can then differ in one round only, and at most one of them continues.
 
 A member leaves by its own signed message for the current round, and returns by a contribution that it signed after the
 ledger had recorded its exit.
@@ -25,13 +25,13 @@ from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.rules.ranges import Loss, within
 
 THE_SUM = "the sum of all"
-"""The owner in refusals that do not concern a single member; no member can have this name."""
+"""The owner named in refusals that concern the sum of all contributions; no member can have this name."""
 
 _LOSS = TypeAdapter(Loss)
 
 
 class Fork(str):
-    """A fault that shows that there are two different ledgers."""
+    """A description of a fault in a ledger that shows that there are two different ledgers."""
 
 
 class LedgerRules:
@@ -94,7 +94,7 @@ class LedgerRules:
         return self._round_fault(facts) if kind == "round" else ""
 
     def add(self, entry: Entry) -> None:
-        """Take the entry in which `fault` has just found no fault."""
+        """Add the next entry; call `fault` with its body immediately before, and add the entry only if it fits."""
         body, facts = entry.body, entry.body["facts"]
         if body["kind"] == "base":
             self._round, self._base, self._named = body["round"], str(facts.get("fingerprint")), entry.index + 1

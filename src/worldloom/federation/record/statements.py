@@ -58,9 +58,9 @@ def checked(checkpoint: Any, constitution: Constitution) -> ChainHead:
 
 
 def origin(constitution: Constitution, seen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of a contribution that say where it belongs: format, constitution, and the head last seen.
+    """Return the part of a contribution's body that says where it belongs: format, constitution and ledger head.
 
-    `seen` is the checkpoint that the member countersigned last.
+    `seen` is the checkpoint that the member countersigned last; it contains that head.
     """
     head = {"length": seen["length"], "hash": seen["hash"]}
     return {"format": CONTRIBUTION_FORMAT, "constitution": constitution.fingerprint, "seen": head}
@@ -71,7 +71,7 @@ class SignedContribution:
     """A contribution as its member signed it, without its tensors.
 
     `facts` are the facts of its entry in the ledger, which contain the member's `statements`. `base` is the fingerprint
-    of the base that the contribution starts from, and `seen` is the head of the ledger that the member had seen.
+    of the base that the contribution starts from, and `seen` is the head of the member's ledger when it signed.
     """
 
     facts: Mapping[str, Any]
@@ -80,10 +80,10 @@ class SignedContribution:
 
     @classmethod
     def of(cls, statements: Sequence[bytes], number: int, constitution: Constitution) -> "SignedContribution":
-        """Verify a member's statements about its contribution to a round.
+        """Verify a member's statements about its contribution to a round, and return the contribution.
 
-        A statement is the signed part of a message. There is one, from the contribution; under secure aggregation there
-        are two, from the answers to `advertise` and to `mask`.
+        A statement is the signed part of a message. A contribution has one statement; under secure aggregation it has
+        two, from the answers to `advertise` and to `mask`.
 
         Raises:
             DataError: a statement is not signed by the member, belongs to another consortium, round or base, or is
@@ -125,7 +125,7 @@ class SignedContribution:
 
     @classmethod
     def read(cls, facts: Mapping[str, Any], number: int, constitution: Constitution) -> "SignedContribution":
-        """Verify the facts of an entry.
+        """Verify the facts in a contribution's ledger entry, and return the contribution.
 
         Raises:
             DataError: the entry has no valid statement of its member, or its facts are not what the member signed.
@@ -141,7 +141,7 @@ class SignedContribution:
 
     @staticmethod
     def statements(facts: Mapping[str, Any]) -> list[bytes]:
-        """Return the statements in the facts of a verified entry."""
+        """Return the signed statements in the facts of a contribution's entry; `read` must have verified the facts."""
         return [_decoded(text) for text in facts["statements"]]
 
 
@@ -159,7 +159,7 @@ def check_origin(message: SignedMessage, constitution: Constitution) -> None:
 
 
 def seen_in(message: SignedMessage) -> ChainHead:
-    """Return the head of the ledger that a contribution names."""
+    """Return the ledger head that a contribution names."""
     return ChainHead(length=message.body["seen"]["length"], hash=message.body["seen"]["hash"])
 
 

@@ -183,9 +183,9 @@ class Mean(Aggregator):
 
 @AGGREGATORS.register("clipped-mean")
 class ClippedMean(Aggregator):
-    """The weighted mean of deltas clipped to a norm over all tensors.
+    """The weighted mean of deltas, each clipped to a largest L2 norm over all its tensors.
 
-    The norm is `limit`, or by default `multiple` times the median of the owners' norms.
+    The largest norm is `limit`. By default it is `multiple` times the median of the owners' norms.
     """
 
     name: Literal["clipped-mean"] = "clipped-mean"

@@ -1,7 +1,7 @@
 """The shared base: the tensors that are the same for all members, and their fingerprint.
 
-A base is checked once, when it is read from a file or message, or made by a pilot or a round. After that neither the
-checks nor the fingerprint are computed again.
+A base is checked once: when it is read from a file or message, or when a pilot or a round produces it. Neither the
+checks nor the fingerprint are computed again after that.
 """
 
 import hashlib
@@ -77,7 +77,7 @@ class Base:
         return cls.of(load_tensors(Path(stem), kind=_KIND)[0], like=like, named=named, what=f"the base in {stem}")
 
     def save(self, stem: Path | str, about: Mapping[str, Any]) -> None:
-        """Write the base with JSON metadata, and replace an earlier one.
+        """Write the base with `about` as JSON metadata; an earlier file of this name is replaced.
 
         Raises:
             StorageError: writing failed.

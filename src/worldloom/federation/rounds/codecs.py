@@ -32,7 +32,7 @@ class Codec(Component):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Encode delta + residual; return the payload, and as the new residual the part that the payload drops.
+        """Encode delta + residual; return the payload and the new residual, the part that the payload drops.
 
         Raises:
             DataError: a tensor is not finite in single precision, or the residual's names or shapes differ.
@@ -109,11 +109,11 @@ class Float32(Codec):
 
 @CODECS.register("int8")
 class Int8(Codec):
-    """Multiples of a step: 1/127 of the largest magnitude in each row (first axis; a vector is one row).
+    """Values rounded to multiples of a step, which is 1/127 of the largest magnitude in their row.
 
-    The error of nearest rounding is at most half a step. The error of stochastic rounding is below one step, with mean
-    zero. If all magnitudes of a row are below about 1.5e-36, its scale would not be a normal number in single
-    precision, so the complete row goes to the residual.
+    Rows are along the first axis; a vector is one row. The error of nearest rounding is at most half a step. The error
+    of stochastic rounding is below one step, with mean zero. If all magnitudes of a row are below about 1.5e-36, its
+    step (`scale`) would not be a normal number in single precision, so the complete row goes to the residual.
     """
 
     name: Literal["int8"] = "int8"
@@ -136,7 +136,7 @@ class Int8(Codec):
 
 @CODECS.register("top-k")
 class TopK(Codec):
-    """The `share` of each tensor's values with the largest magnitude, but at least one value.
+    """Of each tensor, the values of largest magnitude: a fraction `share` of all values, but at least one.
 
     With `quantised` the values are stored as int8.
     """

@@ -60,7 +60,9 @@ class Contribution:
     def of(
         cls, partition: Partition, before: Mapping[str, Tensor], after: Mapping[str, Tensor], **facts: Any
     ) -> "Contribution":
-        """Return a contribution with `after - before` of the shared tensors; other tensors of the states are ignored.
+        """Return the contribution `after - before` of the shared tensors; other tensors of the states are ignored.
+
+        `facts` are the remaining fields of the contribution.
 
         Raises:
             DataError: the states differ in shapes or dtypes, or a difference is not finite.

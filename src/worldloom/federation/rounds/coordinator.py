@@ -2,7 +2,7 @@
 
 In a round the coordinator asks every member for its contribution, waits up to the constitution's timeout, and
 aggregates the received contributions into the next base. After each step it writes its state to disk: the base, each
-accepted contribution as signed, and the ledger, which determines where to resume. A base depends only on the
+accepted contribution with its signature, and the ledger, which determines where to resume. A base depends only on the
 previous base, the contributions and the constitution, so `recompute` reproduces it bit for bit.
 """
 
@@ -336,9 +336,9 @@ def _evaluation(before: Mapping[str, float], after: Mapping[str, float]) -> dict
 
 
 def _growth(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """Return the relative growth of the loss at the median member; a missing answer counts as infinite loss.
+    """Return the median over members of the relative growth of the loss; a missing answer counts as infinite loss.
 
-    Without any losses before, the growth is 0.
+    If no member sent a loss with the previous base, the growth is 0.
     """
     growth = [after.get(node, float("inf")) / loss - 1 for node, loss in before.items()]
     return statistics.median(growth) if growth else 0.0

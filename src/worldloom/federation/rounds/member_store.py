@@ -1,7 +1,8 @@
 """A member's copies of the ledger and of the newest base.
 
-With them a member can prove that a ledger was rewritten, continue training alone, and replace a lost coordinator. If a
-coordinator shows a ledger that this copy cannot accept, the member stores the entries that prove it.
+With these copies a member can prove that a ledger was rewritten, continue training alone, and replace a lost
+coordinator. If a coordinator sends a ledger that does not continue this copy, or that breaks a rule, the member stores
+the entries that prove it.
 """
 
 import base64
@@ -179,12 +180,12 @@ class MemberStore:
     ) -> Path | None:
         """Write a file that proves a fault of a coordinator; return its path.
 
-        The file contains the received entry `index`, the different entry in this copy if there is one, the signed part
-        of the coordinator's message if the entry came just now, and the head that this member countersigned.
+        The file contains the received entry `index`, the different entry in this copy (`held`) if there is one, the
+        signed part of the coordinator's message (`request`) if the entry was just received, and the head that this
+        member countersigned.
 
-        Returns None if the entry is not in the file because there are too many files already. A `fork`, which proves
-        that there are two ledgers, may take the most places, and an entry without the coordinator's signature the
-        fewest.
+        Returns None, and writes nothing, if there are too many such files already. The limit is highest for a `fork`,
+        which proves that there are two ledgers, and lowest for an entry without the coordinator's signature.
         """
         name = hashlib.sha256(received).hexdigest()[:16]
         path = self.path / f"evidence-{index:06d}-{name}.json"
@@ -214,8 +215,8 @@ class MemberStore:
     def receive(self, named: str, tensors: Mapping[str, Tensor]) -> Base:
         """Return the base with the fingerprint `named`, from the tensors of this message or of an earlier one.
 
-        This is a node's trust boundary: later code does not check the base again. The base may be only a trial, so
-        `MemberStore.base` does not return it before `save_base`.
+        This is a node's trust boundary: later code does not check the base again. The base may be only a candidate for
+        the next base, so `MemberStore.base` does not return it until `save_base` is called.
 
         Raises:
             BaseMissing: no message contained the base.

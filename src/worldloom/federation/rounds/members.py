@@ -1,4 +1,4 @@
-"""The coordinator's exchanges with its members, and its record of what each has received and which have left."""
+"""The coordinator's exchanges with its members, and its record of what each member received and which members left."""
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -47,7 +47,7 @@ class Members:
     def exchange(self, nodes: Collection[str], body: Mapping[str, Any], base: Base, *, kind: str) -> Iterator[Answer]:
         """Send members a request about a base, with the ledger entries that each member lacks and, if needed, the base.
 
-        If a member answers that something is still missing, the request is sent again with the missing part. Members
+        If a member answers that it lacks entries or the base, the request is sent again with the missing part. Members
         that left are asked too, in case they have returned, but the round does not wait for them.
         """
         asked = {**body, "constitution": self._constitution.fingerprint, "base": base.fingerprint}
@@ -111,7 +111,7 @@ class Members:
         return failed
 
     def ask(self, what: str, number: int, base: Base, *, kind: str) -> dict[str, SignedMessage]:
-        """Return each member's answer, and append the checkpoints in the answers to the ledger.
+        """Send all members a request about a base; return their answers, and record the checkpoints in the ledger.
 
         Answers that are missing or invalid, or have a checkpoint of a different ledger, are left out; invalid ones are
         recorded in the ledger (see `refuse`).
@@ -172,7 +172,8 @@ class Members:
     def mark_present(self, owner: str, seen: ChainHead, number: int) -> None:
         """If a member had left, record in the ledger that it has returned.
 
-        `seen` is the head in its contribution to this round. A contribution from before the exit is not a return.
+        `seen` is the head in the member's contribution to this round. If this head is older than the member's exit, the
+        contribution is not a return.
         """
         if owner in self._left and seen.length > self._left[owner]:
             del self._left[owner]

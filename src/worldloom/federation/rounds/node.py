@@ -44,11 +44,11 @@ _STORED_ANSWERS = 3  # rounds: a coordinator that was rolled back by a round ask
 class Node:
     """Answers a coordinator's messages; a transport calls `handle`, from any process.
 
-    `training` uses only data that may shape the base. `own` trains the same run for the owner's private use, and
+    `training` uses only data that is permitted for the base. `own` trains the same run for the owner's private use, and
     may use more data; by default it is `training`.
 
     Raises:
-        ConfigError: the partition shares statistics under privacy, where noise would corrupt them.
+        ConfigError: the partition shares statistics, which privacy noise would corrupt; or see `check_rules`.
     """
 
     def __init__(
@@ -302,9 +302,10 @@ class Node:
         return {**spent, "epsilon": epsilon if math.isfinite(epsilon) else None}
 
     def _recorded(self) -> list[dict[str, Any]]:
-        """Return the payments of this owner in the ledger, in the form of the accountant's state.
+        """Return the rounds for which the ledger says that this owner spent privacy, as the accountant's state.
 
-        Several attempts at a secure sum share one payment, and a coordinator that takes over records one again.
+        Equal reports count once: several attempts at a secure sum are charged once, and a coordinator that takes over
+        may record a contribution again.
         """
         entries = self.store.records.entries("contribution")
         own = [entry.body["facts"]["spent"] for entry in entries if entry.body["facts"]["owner"] == self.name]

@@ -1,4 +1,4 @@
-"""A check of what a constitution names, before anybody signs it or trains under it."""
+"""A check of the components that a constitution names, before anybody signs the constitution or trains under it."""
 
 from collections.abc import Callable
 

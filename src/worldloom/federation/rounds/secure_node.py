@@ -38,7 +38,7 @@ _DELTA = "own-delta"
 Contribute = Callable[[int, Base], Contribution]
 """Trains from the base of a round; a repeated call returns the same contribution."""
 Spend = Callable[[PrivacyConfig, int, float], Mapping[str, Any]]
-"""Accounts for a round with this noise in its sum; returns the privacy spent so far."""
+"""Accounts for the privacy of a round whose sum contains this noise; returns the privacy spent so far."""
 
 
 class _SessionState(Config):
@@ -61,7 +61,7 @@ class AlreadyHelped(DataError):
 
 
 class SecureNode:
-    """Answers the requests of secure sums for one owner."""
+    """Answers the requests of secure sums for one owner; each method returns the signed answer to one request."""
 
     def __init__(self, path: Path | str, *, name: str, key: SigningKey, constitution: Constitution) -> None:
         self.path, self.name = Path(path), name
@@ -159,7 +159,8 @@ class SecureNode:
         """Return the shares that unmask the survivors' sum, and delete every secret of the session.
 
         Raises:
-            DataError: the survivors are fewer than the threshold, or not members that this delta was masked against.
+            DataError: the survivors are fewer than the threshold, lack this owner, or include a member whose pairwise
+                mask is not in this owner's delta.
         """
         state = self._current(asked)
         answer = self._earlier(state, asked) or self._unmasked(state, asked)

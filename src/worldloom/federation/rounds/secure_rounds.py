@@ -63,10 +63,10 @@ def session_of(
 
 
 def lasting(weights: Mapping[str, float], cap: float, least: int) -> dict[str, float]:
-    """Return weights, scaled so that the largest is 1, that keep the cap even if owners drop out later.
+    """Lower and scale weights so that no owner exceeds the cap, even if owners drop out later, and the largest is 1.
 
-    The weights are clipped at the highest level for which no owner's share of the weight exceeds `cap`, in any group of
-    at least `least` owners.
+    The weights are clipped at the highest level for which, in any group of at least `least` owners, no owner's share of
+    the group's total weight exceeds `cap`.
 
     Raises:
         ConfigError: there are fewer than `least` owners, or a weight is not above 0.
@@ -330,9 +330,9 @@ class SecureSums:
         return self._give_up(held.round, f"the sum can never be unmasked: {why}")
 
     def _trusted(self, number: int) -> list[str]:
-        """Return the nodes that take part in the next session of a round; see `suspended`.
+        """Return the nodes that take part in the next session of a round: those that are not `suspended`.
 
-        All nodes take part if the others would be too few.
+        If these are fewer than the threshold, all nodes take part.
         """
         nodes = list(self._members.nodes())
         out = suspended(self._ledger, number)

@@ -1,4 +1,4 @@
-"""A member's comparison of the ledger with what it sent itself, which finds a coordinator that misrepresents it."""
+"""A member compares the ledger with what it sent itself, and so detects a coordinator that misrepresents the member."""
 
 import logging
 from collections.abc import Collection
@@ -18,9 +18,9 @@ _log = logging.getLogger(__name__)
 class _State(Config):
     """What was compared already, and what is needed to compare the rest.
 
-    Rounds below `rounds` and exits among the first `entries` entries were compared. `entries` is None if the member
-    has returned since, because its exit may be anywhere in the ledger that it receives next. `losses` has the losses
-    that the member sent, by the fingerprint of the base.
+    Rounds below `rounds` and exits among the first `entries` entries were compared. After a return `entries` is None:
+    the member's genuine exit may be anywhere in the ledger that the member receives next, so the exits in that ledger
+    are not compared. `losses` has the losses that the member sent, by the fingerprint of the base.
     """
 
     rounds: int
@@ -29,7 +29,7 @@ class _State(Config):
 
 
 class SelfCheck:
-    """Reports what a ledger says wrongly about its member, and stores the entry as evidence.
+    """Reports false statements about the member in a ledger, and stores the entries as evidence.
 
     The caller holds the lock of the member's folder.
     """
@@ -38,18 +38,18 @@ class SelfCheck:
         self._path, self._name, self._store = path, name, store
 
     def begin(self) -> None:
-        """Begin with the entries that the member does not have yet, unless it has begun before."""
+        """Start the comparison after the entries that the member has; do nothing if it was started before."""
         if not self._path.is_file():
             records = self._store.records
             self._write(_State(rounds=max(records.bases(), default=-1) + 1, entries=records.head.length))
 
     def returns(self) -> None:
-        """Note that the member returns after an exit."""
+        """Record that the member returns after an exit."""
         self.begin()
         self._write(self._state().model_copy(update={"entries": None}))
 
     def sends_loss(self, base: str, loss: float) -> None:
-        """Note a loss before it is sent; `base` is the fingerprint of the base."""
+        """Record a held-out loss before it is sent; `base` is the fingerprint of the evaluated base."""
         state = self._state()
         known = state.losses.get(base, [])
         if loss not in known:

@@ -33,8 +33,9 @@ CLASSES: tuple[DataClass, ...] = ("open", "unique-open", "controlled", "sovereig
 class DataCard(Config):
     """An owner's statement about a dataset: its fingerprint (`dataset`), class and permitted uses (`purposes`).
 
-    `environment` is a digest of what the dataset says about its world, which the fingerprint does not cover. Cards of
-    earlier versions of worldloom lack it.
+    The purpose "base" permits training of the shared base, and "private" training of the owner's own model.
+    `environment` is a digest of the dataset's description of its world, because the fingerprint does not cover this
+    description. Cards of earlier versions of worldloom have no such digest.
     """
 
     dataset: str = Field(min_length=1)
@@ -47,7 +48,7 @@ class DataCard(Config):
 
 
 class Permission(Config):
-    """Whether data may shape the shared base, whether that needs differential privacy, and the reason."""
+    """Whether data may train the shared base, whether only under differential privacy, and the reason as text."""
 
     allowed: bool
     needs_privacy: bool
@@ -89,8 +90,8 @@ def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str
     """Return the card of a dataset; without a trusted card, log the reason and return a card of class private.
 
     `trusted` maps public keys to owners. The whole dataset is read and checked, because a card is valid only for the
-    content for which it was signed. If `load_frames` has read and checked the data already, pass the `fingerprint` of
-    its frames instead.
+    content for which it was signed. If `load_frames` has already read and checked the data, pass the `fingerprint` of
+    its frames: the data is then not read again.
 
     Raises:
         StorageError: the dataset does not exist.
@@ -154,7 +155,7 @@ def derive(cards: Iterable[DataCard], *, dataset: str, title: str, owner: str) -
 
 
 def may_shape_base(card: DataCard, constitution: Constitution) -> Permission:
-    """Return whether data with this card may shape the shared base under a constitution."""
+    """Return whether a constitution permits data with this card to train the shared base."""
     needs = card.data_class == "controlled"
     if "base" not in card.purposes:
         why = f"the card of {card.title!r} does not list 'base' in its purposes"

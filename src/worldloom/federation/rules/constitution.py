@@ -50,7 +50,7 @@ class ExternalCoordinator(Config):
 
 
 class Quality(Config):
-    """The quality gate: the largest relative growth of the held-out loss that a contribution may cause."""
+    """The quality gate: the largest relative growth of the median member's held-out loss from a base to the next."""
 
     max_worse: float = Field(default=0.1, ge=0, le=1e30)
 
@@ -58,9 +58,9 @@ class Quality(Config):
 class Release(Config):
     """Conditions for the release of a base; by default there are none.
 
-    `rounds`, `contributors` and `countersigned` are the smallest numbers of completed rounds, of members that
-    contributed, and of members that countersigned a ledger with this base. `max_loss` is the largest held-out loss at
-    the median member.
+    At least `rounds` rounds must be complete, at least `contributors` members must have contributed, and at least
+    `countersigned` members must have countersigned a ledger with this base. The median of the members' held-out losses
+    must be at most `max_loss`.
     """
 
     rounds: Number = 0
@@ -73,7 +73,8 @@ class Constitution(Config):
     """The rules of a consortium.
 
     Before its first round a member trains its sovereign tensors for `align_steps`, with the shared tensors frozen.
-    `coordinators` are in order of succession: each is the name of a member, or a name and a key. `aggregation`, `outer`
+    `coordinators` are in order of succession: each is the name of a member, or a name and a key. A round needs
+    contributions of at least `quorum` members, and no member's weight in it exceeds `cap`. `aggregation`, `outer`
     and `codec` each name a component and set its options; `partition` contains patterns of tensors' names. Under
     `secure_aggregation` the coordinator receives only sums of at least `threshold` contributions, never a single one.
     `constitution` is the version of the format.
@@ -186,7 +187,7 @@ class Constitution(Config):
         return int(self.largest_megabytes * 1_000_000)
 
     def member_keys(self) -> dict[str, str]:
-        """Return the public key of each member."""
+        """Return a mapping from members' names to their public keys."""
         return {name: member.key for name, member in self.members.items()}
 
     def member_names(self) -> dict[str, str]:
@@ -194,7 +195,7 @@ class Constitution(Config):
         return {member.key: name for name, member in self.members.items()}
 
     def coordinator_keys(self) -> dict[str, str]:
-        """Return the public key of each coordinator, in order of succession."""
+        """Return a mapping from coordinators' names to their public keys, in order of succession."""
         return {
             name: self.members[name].key if key is None else key
             for name, key in ((one, None) if isinstance(one, str) else (one.name, one.key) for one in self.coordinators)

@@ -12,7 +12,7 @@ from worldloom.core.errors import ConfigError, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """The names of a state's tensors, each either shared or sovereign; create one with `PartitionConfig.split`.
+    """The names of the tensors in a model's state, each either shared or sovereign; see `PartitionConfig.split`.
 
     Raises:
         ConfigError: a name appears more than once.
@@ -31,7 +31,7 @@ class Partition:
             seen.add(name)
 
     def shared_of(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the shared part of a state.
+        """Return the shared tensors of a model's state.
 
         Raises:
             DataError: the state lacks a shared tensor.
@@ -61,7 +61,7 @@ class PartitionConfig(Config):
     )
 
     def split(self, state: Mapping[str, Tensor]) -> Partition:
-        """Return the partition of a state: each tensor is either shared or sovereign.
+        """Return the partition of a model's state into shared and sovereign tensors.
 
         Raises:
             ConfigError: the name of a tensor matches no pattern.

@@ -1,4 +1,4 @@
-"""The ranges of all numbers that other parties may state; a number outside its range is refused where it arrives.
+"""The permitted ranges of all numbers that other parties send; a number out of range is refused when it is received.
 
 The ranges are far wider than honest values, and narrow enough that sums, products and conversions of numbers within
 them never overflow. Integers stay below 2**53, so every JSON parser reads them exactly.
@@ -26,7 +26,7 @@ Seconds = Annotated[float, Field(gt=0, le=366 * 86400)]
 """A waiting time; the limit of a year is below the longest wait that the operating system allows."""
 
 LARGEST_VALUE = 2.0**100
-"""The largest magnitude of a value of a tensor, about 1e30: sums over all rounds stay finite in single precision."""
+"""The largest magnitude that a tensor's values may have, about 1e30: sums over all rounds stay finite in float32."""
 
 
 def within(kind: Any, value: Any) -> Any:

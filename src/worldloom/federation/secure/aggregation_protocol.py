@@ -69,9 +69,10 @@ def split_secret(
     prime: int = PRIME,
     draw: Callable[[int], int] = secrets.randbelow,
 ) -> list[int]:
-    """Return shares for the points 1, 2, ...; any `threshold` of them recover the secret, fewer reveal nothing.
+    """Split a secret into one share per owner; any `threshold` shares recover it, and fewer reveal nothing.
 
-    See Shamir 1979. `draw(n)` must return secret uniform integers from 0 to n - 1.
+    The shares are returned for the points 1, 2, ... (Shamir 1979). `draw(n)` must return a secret uniform integer from
+    0 to n - 1.
     """
     if not (1 <= threshold <= owners < prime and 0 <= secret < prime):
         raise ConfigError(
@@ -183,7 +184,7 @@ def decode_sum(numbers: NDArray[Any], session: SumSession) -> dict[str, Tensor]:
 
 
 class WrongShare(DataError):
-    """A share that its recipient cannot use; `sender` is the owner that sent it, or whose message was changed."""
+    """A share that its recipient cannot use; `sender` is the owner named as its sender, even if others changed it."""
 
     def __init__(self, sender: str, why: str) -> None:
         super().__init__(f"{why}; begin a new session")
@@ -191,7 +192,7 @@ class WrongShare(DataError):
 
 
 class SumLost(DataError):
-    """A sum that these helpers cannot unmask; `owners` sent shares or a commitment that are wrong for certain."""
+    """A sum that the helpers' shares cannot unmask; `owners` have certainly sent wrong shares or a wrong commitment."""
 
     def __init__(self, why: str, owners: Collection[str]) -> None:
         super().__init__(why)
@@ -315,7 +316,8 @@ class Masker:
         """Return a share of the seed of each survivor, and a share of the mask key of each other owner.
 
         Raises:
-            DataError: there are too few survivors, or some are not owners that this delta was masked against.
+            DataError: there are too few survivors, they lack this owner, or they include an owner whose pairwise mask
+                is not in this owner's delta.
         """
         self._begin("unmask", "done")
         there = set(survivors)
@@ -401,8 +403,8 @@ class Unmasker:
     def sum(self, helpers: Collection[str]) -> dict[str, Tensor]:
         """Return the sum of the survivors' deltas (float64), unmasked with the shares of the owners in `helpers`.
 
-        A secret is recovered if enough of its shares are right: commitments and public keys show which. Helpers that
-        sent a wrong share for certain are then in `wrong`.
+        A secret is recovered if enough of its shares are right; commitments and public keys show whether a recovered
+        secret is right. Helpers that certainly sent a wrong share are then in `wrong`.
 
         Raises:
             DataError: there are too few helpers.
@@ -546,7 +548,10 @@ def _is_public_key(text: str) -> bool:
 
 
 def _groups(owners: list[str], size: int) -> Iterator[list[str]]:
-    """Yield groups of owners: all of them if there are at most `_GROUPS`, otherwise as many that are drawn."""
+    """Yield groups of owners: all groups of this size if there are at most `_GROUPS`, otherwise `_GROUPS` random ones.
+
+    The random groups are the same in every process.
+    """
     if math.comb(len(owners), size) <= _GROUPS:
         yield from map(list, itertools.combinations(owners, size))
         return

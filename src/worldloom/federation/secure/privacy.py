@@ -1,9 +1,9 @@
 """Differential privacy of an owner's delta: clipping, noise, and accounting of the privacy spent.
 
-The protected unit is an owner: an observer of all releases can hardly tell whether an owner took part. The neighbouring
-relation adds or removes one owner. A round releases the sum of clipped deltas with noise of standard deviation
-`noise * clip`. If every owner takes part in every round, epsilon comes from the closed form of the Gaussian mechanism;
-if owners are sampled, from Opacus' Renyi accountant, which is an upper bound.
+The protected unit is an owner: from all releases together, an observer can hardly tell whether they include an owner's
+deltas. The neighbouring relation adds or removes one owner. A round releases the sum of clipped deltas with noise of
+standard deviation `noise * clip`. If every owner takes part in every round, epsilon comes from the closed form of the
+Gaussian mechanism. If owners are sampled, epsilon is an upper bound from Opacus' Renyi accountant.
 """
 
 import math
@@ -50,7 +50,7 @@ class PrivacyConfig(Config):
 
 
 def secret_generator() -> torch.Generator:
-    """Return a generator with a secret seed from the operating system: with the seed, the noise could be subtracted."""
+    """Return a generator with a secret seed from the operating system; the seed would allow to subtract the noise."""
     return torch.Generator().manual_seed(secrets.randbits(63))
 
 

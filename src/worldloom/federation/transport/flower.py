@@ -85,7 +85,7 @@ clientapp = "nothing:app"
 
 @runtime_checkable
 class Nodes(Protocol):
-    """The methods of a Flower grid that this module uses."""
+    """The methods of a grid (Flower's interface for sending messages to nodes) that this module uses."""
 
     def get_nodes(self) -> Iterable[Any]:
         """Return the connected nodes."""

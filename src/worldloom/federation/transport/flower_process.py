@@ -199,7 +199,7 @@ class Door(socket.socket):
 
 
 class Gate:
-    """ASGI middleware that limits calls: nodes may call only the paths for nodes, and only the coordinator all others.
+    """ASGI middleware that limits calls: nodes may call only the paths for nodes; the coordinator may call any path.
 
     On the paths of nodes, Flower checks the signature of a node's key only after it has read the whole request. The
     gate checks the signature first, and then reads at most as many bytes as an honest request has. On the same port

@@ -32,7 +32,10 @@ class Solver(Component):
     def solve(
         self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
     ) -> Solution:
-        """Return actions within the bounds. By the solver's measure, no `initial` candidate is better."""
+        """Return actions within the bounds; no `initial` candidate is better by the solver's measure.
+
+        `initial` are I candidates for each environment, such as the last plan.
+        """
 
 
 SOLVERS: Registry[type[Solver]] = Registry("solver")
@@ -59,9 +62,9 @@ def better_of(best: Solution | None, candidates: Float[Tensor, "B S T A"], cost:
 
 
 def agree(costs: Float[Tensor, "B K"], share: float) -> bool:
-    """Return whether, in all environments, the elites' ascending costs differ by less than `share` times the lowest.
+    """Return whether the elites agree in all environments: their costs differ by less than `share` times the lowest.
 
-    Elites do not agree if `share` is 0 or if one of the elites breaks a guardrail.
+    `costs` are in ascending order. Elites do not agree if `share` is 0 or if one of the elites breaks a guardrail.
     """
     settled = (costs[:, -1] - costs[:, 0] < share * costs[:, 0].abs()) & (costs[:, -1] <= FORBIDDEN)
     return share > 0 and bool(settled.all())

@@ -35,10 +35,11 @@ class TreeSearch(Solver):
     geometry says that dynamics cannot be reversed, all branches start from the state.
 
     For each of `gap_weights`, the best pairs of `checked` different branches are rolled out completely, and so are the
-    initial candidates. This detects a join through a wall, or a step that cannot be undone. A rollout may stop at any
-    of its states, at the cost of the steps so far plus the first weight times the squared gap to the goal. The plan is
-    the cheapest rollout, cut at its cheapest state and padded with the actions nearest to zero. Each side covers half
-    of the horizon. Branches end where they break a guardrail. Guardrails judge the padded plan.
+    initial candidates. This detects a join through a wall, or a step that the reversed branch cannot repeat forward. A
+    rollout may stop at any of its states, at the cost of the steps so far plus the first weight times the squared gap
+    to the goal. The plan is the cheapest rollout, cut at its cheapest state and padded with the actions nearest to
+    zero. Each side covers half of the horizon. Branches end where they break a guardrail. The guardrails are evaluated
+    on the padded plan.
 
     If a state is nearer to the goal than `near` step lengths, `near_solver` plans over at most `near_horizon` blocks.
     The returned cost is in blocks; near the goal, the cost of the objective is returned instead.

@@ -158,7 +158,7 @@ def test_the_guard_holds_in_what_training_reads_through() -> None:
         return WindowSampler(guarded_frames(_frames(), card, "base", _rules()), context=1, horizon=1, block=1)
 
     draw(_card()).sample(2, np.random.default_rng(0))
-    with pytest.raises(DataError, match="private data may not shape the base"):
+    with pytest.raises(DataError, match="private data may not train the base"):
         draw(_card(data_class="private")).sample(2, np.random.default_rng(0))
 
 

@@ -1,8 +1,8 @@
 """The audit log: each decision of an agent, its inputs, prediction, chosen plan and broken guardrails, and the outcome.
 
-A log is a directory. `log.jsonl` is a hash-chained file (see `worldloom.core.chain`) with one entry per decision,
-written to disk before the agent acts on it. `situations/` contains all inputs of each decision, in a file named by the
-digest in the decision's entry, so that the decision can be reproduced.
+A log is a directory. `log.jsonl` is a hash-chained file (see `worldloom.core.chain`) with one entry per event. The
+entry of a decision is on disk before the agent acts on the decision. `situations/` contains all inputs of each
+decision, in a file named by the digest in the decision's entry, so that the decision can be reproduced.
 """
 
 import copy

@@ -38,7 +38,7 @@ class History(Batched):
         return replace(self, actions=(*self.actions, actions)[-self.reach :] if self.reach else (), taken=actions)
 
     def context(self) -> Context:
-        """Encode the frames that the model needs, one block apart, with the action blocks between them."""
+        """Return the model's context: encoded frames, one block apart, with the action blocks between them."""
         model, spec, reach = self.model, self.model.spec, self.reach
         last = len(self.frames) - 1
         places = [max(0, last - back * spec.block) for back in range(spec.context - 1, -1, -1)]

@@ -132,7 +132,7 @@ class PlannedMethod(MethodConfig):
         return self.guarding == "calibrated"
 
     def guarded_policy(self, parts: AgentParts, policy: Policy, *, seed: int = 0) -> GuardedPolicy:
-        """Return a logging policy that obeys the rule set as this method applies it; see `GuardedPolicy`."""
+        """Return the policy behind a safety filter, which applies the rule set as this method does."""
         toward = partial(GoalObjective, LatentL2(parts.heads.geometry.step_length))
         return GuardedPolicy(policy, partial(self.planning_agent, parts, toward, solver=CEM(), replan=1, seed=seed))
 
@@ -148,7 +148,7 @@ class PlannedMethod(MethodConfig):
         return parts.rules.margins(self.calibrated_as)
 
     def rails(self, parts: AgentParts) -> tuple[BoundRail, ...]:
-        """Return the guardrails of the rule set as the method applies them.
+        """Return the guardrails of the rule set, with the margins that this method uses.
 
         Raises:
             ConfigError: the rule set has a risk, but no margins were calibrated for this method. See also

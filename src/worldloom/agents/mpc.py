@@ -54,8 +54,8 @@ class Guide(Protocol):
 class AgentState(Batched):
     """The state of each environment during an episode: the goal, the history and the last decision.
 
-    `plan` is the decision in `situation`; `safe` is the state in which each environment last had a plan that satisfied
-    the guardrails. All three are None before the first plan.
+    `plan` is the plan that was decided in `situation`; `safe` is the state in which each environment last had a plan
+    that satisfied the guardrails. All three are None before the first plan.
     """
 
     goal: Float[Tensor, "B D"]
@@ -191,7 +191,7 @@ class PlanningAgent(Agent):
     def limited(
         self, action: Float32[np.ndarray, "A"], taken: Float32[np.ndarray, "A"] | None
     ) -> Float32[np.ndarray, "A"]:
-        """Return the nearest environment action that satisfies the guardrails on actions; `taken` precedes it."""
+        """Return the nearest action that satisfies the guardrails on actions; `taken` is the action before it."""
         return self._limits.after(action, taken)
 
     def select(self, rows: Sequence[int]) -> None:

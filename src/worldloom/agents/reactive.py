@@ -53,7 +53,7 @@ class ReactiveConfig(FitConfig):
 
 
 class ReactivePolicy(Head[ReactiveConfig]):
-    """Maps (z, goal) to the next block: inverse dynamics with a goal many steps away."""
+    """Maps a latent and a goal latent to the next action block: inverse dynamics with a goal many steps away."""
 
     kind = "reactive-policy"
     config_type = ReactiveConfig
@@ -175,7 +175,7 @@ class PolicyProposer:
     policy: ReactivePolicy
 
     def __call__(self, context: Context, goal: Float[Tensor, "B D"], horizon: int) -> Float[Tensor, "B 1 T A"]:
-        """Roll out the policy in the model."""
+        """Return the policy's plan: its actions when it is rolled out in the model for `horizon` blocks."""
         latents, actions = list(context.latents.unbind(1)), list(context.actions.unbind(1))
         size, plan = len(latents), []
         for _ in range(horizon):

@@ -41,7 +41,7 @@ class Rememberer:
         self._episodes = self._episodes[list(places)]
 
     def __call__(self, observations: Observations, context: Context, followed: Plan | None, blocks: int) -> None:
-        """Remember the current observations; `blocks` of the plan `followed` led to them."""
+        """Remember the current observations; the first `blocks` blocks of the plan `followed` led to them."""
         latents, led, surprises = context.latents[:, -1], None, None
         if followed is not None and blocks:
             led = followed.actions[:, blocks - 1]

@@ -29,7 +29,7 @@ def verify(
 ) -> None:
     """Check every entry and situation; if one is missing or was changed, report the first one and exit with code 3.
 
-    What the check cannot know is written to standard error.
+    What this command cannot check is written to standard error.
     """
     from worldloom.agents import damaged_situations, log_path
 
@@ -61,7 +61,7 @@ def _tell_unchecked(lines: Sequence[str]) -> None:
 
 
 def _unknown(log: Path, head: chain.ChainHead, kept: chain.ChainHead | None) -> list[str]:
-    """Return what a verification cannot know."""
+    """Return descriptions of what a verification cannot check."""
     from worldloom.agents import unrecorded_situations
 
     found = []

@@ -28,7 +28,7 @@ def collect(
     label: Annotated[
         list[str] | None,
         typer.Option(
-            help="An info column to store as a label for probes and scores, never for agents; all numeric by default."
+            help="An info to store as a label for probes and scores, never for agents; by default, all numeric infos."
         ),
     ] = None,
     num_envs: Annotated[

@@ -86,7 +86,7 @@ def convert(
     rate: Annotated[float | None, typer.Option(help="Steps per second; by default, the camera's rate.")] = None,
     actions: Annotated[
         str,
-        typer.Option(help="For logs faster than the frames: hold (the action at the frame) or mean (for velocities)."),
+        typer.Option(help="For logs faster than the frames: hold takes the action at the frame, mean averages."),
     ] = "hold",
     gap: Annotated[float, typer.Option(help="Split an episode at gaps longer than this many median periods.")] = 4.0,
     pair: Annotated[

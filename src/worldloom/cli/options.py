@@ -50,7 +50,7 @@ Threads = Annotated[
 Audit = Annotated[Path | None, typer.Option("--audit", help="A directory for the log of every decision of the agent.")]
 Rules = Annotated[
     list[Path] | None,
-    typer.Option("--rules", metavar="FILE", help="A layer of the rule set that agents obey, uppermost first."),
+    typer.Option("--rules", metavar="FILE", help="A layer of the rule set that agents obey; repeat, uppermost first."),
 ]
 Trust = Annotated[
     list[str] | None,
@@ -138,7 +138,7 @@ def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
 
 
 def _lines_of(path: Path) -> list[str]:
-    """Return the words in a file of keys; the path itself if there is no such file."""
+    """Return the keys in a file, unchecked; if there is no such file, return only the path as text."""
     if not path.is_file():
         return [str(path)]
     with storage_errors(path), path.open("rb") as file:

@@ -132,7 +132,7 @@ def keys(
     out: Annotated[Path, typer.Option(help="A folder for the keys; the secret ones never leave it.")] = Path("keys"),
     host: Annotated[
         list[str] | None,
-        typer.Option(help="For a coordinator: its host name or address, for its certificate."),
+        typer.Option(help="For a coordinator: a host name or address for its TLS certificate."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -149,14 +149,14 @@ def classify(
     owner: Annotated[str, typer.Option(help="The owner's name in the constitution.")],
     data_class: Annotated[
         str, typer.Option("--as", help="open, unique-open, controlled, sovereign or private; only the first three "
-                          "can shape the base.")
+                          "may train the base.")
     ],
     key: Annotated[Path, typer.Option(help="The owner's secret key.")],
     title: Annotated[str, typer.Option(help="A title of the data.")] = "",
     licence: Annotated[str, typer.Option(help="The licence of the data.")] = "",
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Write and sign the data card of a dataset. Data without a card cannot shape the base."""
+    """Write and sign the data card of a dataset. Data without a card may not train the base."""
     from worldloom.federation import CLASSES, classify
 
     known = {name: name for name in CLASSES}
@@ -297,7 +297,7 @@ def release(
     into: Annotated[Path, typer.Option(help="A new folder for base, model card and ledger.")],
     json: Json = False,
 ) -> None:
-    """Release the newest base from the consortium, if it passes every gate of the constitution."""
+    """Export the newest base for use outside the consortium, if it meets the constitution's release conditions."""
     from worldloom.federation import read_constitution, release
 
     released = release(rounds, read_constitution(constitution), into)

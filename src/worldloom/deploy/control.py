@@ -68,7 +68,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Miss:
-    """A period whose action was not ready by the deadline; `seconds` is the deadline, counted from the loop's start."""
+    """A period whose action was not ready by the deadline; `seconds` is this deadline, since the start of the loop."""
 
     period: int
     seconds: float

@@ -351,7 +351,7 @@ class SocketLink(Link):
 
 
 def _check_size(observation: ObservationSpec) -> None:
-    """Check that an observation fits into a message, before anything of its size is made."""
+    """Check that an observation fits into a message, before memory of its size is allocated."""
     size = 4 * observation.vector + (0 if observation.pixels is None else math.prod(observation.pixels))
     if size > BODY_LIMIT:
         raise DataError(f"an observation has {size:,} bytes; a message has at most {BODY_LIMIT:,}")

@@ -209,7 +209,7 @@ def _flat(value: Any, size: int) -> np.ndarray:
 
 
 def _latest(info: Mapping[str, Any], name: str) -> np.ndarray:
-    """Return the last moment of the array `name`, (E, ...)."""
+    """Return the last time step of the array `name`, (E, ...)."""
     if name not in info:
         known = ", ".join(sorted(key for key in info if not key.startswith("_")))
         raise DataError(

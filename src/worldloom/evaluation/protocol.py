@@ -203,7 +203,7 @@ class Protocol(Config):
     `goal_source` is the `world` or the `logged-policy`. In the latter case, the goal is the policy's frame after
     `goal_offset` steps from the same reset seed, so it is reachable. The budget is a number of environment steps, or a
     multiple of the shortest path if the world provides it. `min_distance` is the minimum distance between start and
-    goal by the vector of the success rule; by default, logged goals are farther away than the rule's radius. With
+    goal, as the success rule measures it; by default, logged goals are farther away than the rule's radius. With
     `count_solved`, logged goals that the start already satisfies are kept and count as successes, as is common in the
     field. The reset seeds of the episodes depend only on `seed`, the split, and the protocol's name and version.
     Episodes that break one of the `limits` are counted, and continue. `pictures` says how the world's pictures are

@@ -42,7 +42,7 @@ _KIND = "worldloom results"
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeResult:
-    """One episode. `steps` counts environment steps up to success or the end; the success rule measures distances."""
+    """One episode. `steps` counts environment steps up to success or the end. Distances follow the success rule."""
 
     index: int
     seed: int
@@ -153,7 +153,7 @@ class _Summary:
 
     @property
     def violated(self) -> SuccessRate:
-        """Episodes in which a limit of the protocol was broken, counted as `successes`."""
+        """The rate of episodes in which a limit of the protocol was broken; here `successes` counts these episodes."""
         count = sum(episode.violated for episode in self.episodes)
         return SuccessRate(label="violated", n=len(self.episodes), successes=count)
 

@@ -254,7 +254,7 @@ class _MethodRun:
 
 
 class _Audience:
-    """Selects the observations for an agent: from running environments if the agent `narrows`, or else from all."""
+    """Selects the observations for an agent: those of running environments if the agent `narrows`, otherwise all."""
 
     def __init__(self, agent: Agent, first: Observations) -> None:
         self._agent = agent

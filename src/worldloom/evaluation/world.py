@@ -31,8 +31,8 @@ class ActingRules:
 class Worlds(Closing):
     """The worlds of a protocol, one for each batch size up to `batch`; close the object, or use it in `with`.
 
-    A *plant* exists once, and its actions have consequences. A world is a plant if it declares that it is not a
-    simulator. Under a rule set, a world that declares nothing is a plant too.
+    A *plant* is a real system: it exists once, and actions in it have consequences. A world is a plant if it declares
+    that it is not a simulator. Under a rule set, a world that declares nothing is a plant too.
 
     Attributes:
         batch: the largest batch size; 1 for a plant.

@@ -22,7 +22,7 @@ FALLBACKS: Registry["type[Fallback]"] = Registry("fallback")
 
 @dataclass(frozen=True, kw_only=True)
 class Infeasible:
-    """Environments in which no plan satisfies every guardrail, and the planner for a fallback.
+    """The input of a fallback: environments in which no plan satisfies every guardrail, and a planner.
 
     Attributes:
         safe: the state in which each environment last had a plan that satisfied the guardrails.
@@ -39,7 +39,7 @@ class Infeasible:
 
 
 class Fallback(Component):
-    """A way to act when no plan satisfies every guardrail; a new one is a subclass, registered in `FALLBACKS`.
+    """A way to act when no plan satisfies every guardrail. To add one, register a subclass in `FALLBACKS`.
 
     The agent corrects the actions of `plan` where they break a guardrail on actions.
     """

@@ -2,7 +2,7 @@
 
 A search picks the candidate that looks best, and among similar candidates the one whose prediction is most
 optimistic. A guarantee for each single candidate therefore does not extend to the chosen candidate: if each of k
-candidates is wrongly admitted with probability a, at least one of them is admitted with probability up to
+candidates is wrongly admitted with probability a, at least one is wrongly admitted with probability up to
 1 - (1 - a)^k. Instead, each calibration episode has one score: the factor on the margins above which the first plan
 that broke a guardrail in the episode would have been refused. If a new episode is exchangeable with the calibration
 episodes, it breaks a guardrail with at most the stated probability, whatever the search does.
@@ -37,10 +37,10 @@ _REMEDY = "Run 'worldloom calibrate' with this rule set, model and method"
 class Margins:
     """Margins, added to each guardrail's predicted violation at each step of a plan, and their guarantee.
 
-    Take episodes that are exchangeable with the calibration episodes and use the same planner. In at most the fraction
-    `risk` of them, a chosen plan breaks a guardrail that it was predicted to satisfy. `usual` is the prediction error
-    that is exceeded at the end of a block with probability `risk`, in units of the margins. Recalibration compares new
-    errors with it.
+    The guarantee is for episodes that are exchangeable with the calibration episodes and use the same planner: in at
+    most the fraction `risk` of them, a chosen plan breaks a guardrail that it was predicted to satisfy. `usual` is the
+    prediction error that is exceeded at the end of a block with probability `risk`, in units of the margins.
+    Recalibration compares new errors with it.
     """
 
     values: Float[Tensor, "G T"]

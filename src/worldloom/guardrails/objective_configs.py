@@ -105,7 +105,7 @@ class SequenceConfig(ObjectiveConfig):
 
 @OBJECTIVES.register("avoid")
 class AvoidConfig(ObjectiveConfig):
-    """Avoid breaking a guardrail: each step costs the violation, until the stage `until` (if given) is reached."""
+    """Avoid breaking a guardrail: each step costs its violation, up to the step where the stage `until` is reached."""
 
     name: Literal["avoid"] = "avoid"
     rail: RailField

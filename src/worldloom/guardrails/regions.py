@@ -16,7 +16,7 @@ from worldloom.core.registry import Registry
 
 
 class Region(Component):
-    """A set of points; a new kind is a subclass, registered in `REGIONS`."""
+    """A set of points. To add a kind, register a subclass in `REGIONS`."""
 
     @property
     @abstractmethod

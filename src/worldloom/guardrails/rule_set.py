@@ -29,8 +29,8 @@ class RuleLayer(Config):
     plan satisfies the guardrails.
 
     `version` grows with each change that the owner signs, so that an older file is refused once a newer one was used;
-    0 means that the layer has no version. If one owner signs several layers, `name` distinguishes
-    them, so that each has its own versions. `rules` is the version of the format.
+    0 means that the layer has no version. If one owner signs several layers, `name` distinguishes them, so that each
+    has its own versions. `rules` is the version of the format.
     """
 
     rules: Literal[1] = 1
@@ -146,7 +146,7 @@ def _check_tightens(lower: RuleLayer, upper: RuleLayer) -> None:
 
 
 def keys_for(layer: str, trusted: Collection[str]) -> set[str]:
-    """Return those of the trusted keys, each `KEY` or `LAYER:KEY`, that may sign a layer."""
+    """Return the trusted keys that may sign a layer; `trusted` contains them as `KEY` or `LAYER:KEY`."""
     return {key.rpartition(":")[2].lower() for key in trusted if key.rpartition(":")[0] in ("", layer)}
 
 

@@ -166,7 +166,10 @@ class Avoid(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class InformationGain(Objective):
-    """Seek states where separately trained models disagree: the cost is minus their mean spread, in step lengths."""
+    """Seek states where the planning model and separately trained `models` disagree.
+
+    The cost is minus the mean distance of their predictions from the predictions' mean, in step lengths.
+    """
 
     models: tuple[WorldModel, ...]
     step_length: float

@@ -86,11 +86,11 @@ class Tightened(Guardrail):
 
 
 class PlanningProblem:
-    """Find actions of `horizon` blocks, within `bounds`, that minimise the objective and satisfy every guardrail.
+    """The problem to find actions that minimise an objective and satisfy every guardrail.
 
-    A problem is immutable. Only tree search needs `geometry`. At `deadline` a search ends with the best plan so far.
-    `watch` is called with the candidates that are scored. The objective may be a plain function of rollouts if it
-    stores no per-environment values.
+    The actions have `horizon` blocks and lie within `bounds`. A problem is immutable. Only tree search needs
+    `geometry`. At `deadline` a search ends with the best plan so far. `watch` is called with the candidates that are
+    scored. The objective may be a plain function of rollouts if it stores no per-environment values.
 
     Raises:
         PlanningError: the context or the bounds do not fit the model, the horizon is below 1, or two guardrails have
@@ -198,7 +198,7 @@ class PlanningProblem:
         return project(actions, self.model.spec, self.bounds)
 
     def imagine(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:
-        """Roll the model out from any context; the actions must already be projected."""
+        """Return the latents of the model's rollouts from any context; the actions must already be projected."""
         self.count.rollouts += actions.shape[0] * actions.shape[1]
         parts = [
             self.model.rollout(context[rows], actions[rows, columns])
@@ -211,7 +211,7 @@ class PlanningProblem:
         return torch.cat(lines)
 
     def rollout(self, actions: Float[Tensor, "B S T A"]) -> Rollouts:
-        """Project the actions and predict what they cause."""
+        """Return the model's rollouts of the projected actions, from the problem's context."""
         actions = self.project(actions)
         return Rollouts(context=self.context, actions=actions, latents=self.imagine(self.context, actions))
 

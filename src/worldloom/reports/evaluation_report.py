@@ -100,7 +100,7 @@ def render_report(results: Results, data: ReportData) -> str:
 
 
 def _ranked(results: Results) -> list[str]:
-    """Return the methods by their mean rate over splits, the best first; ties are ordered by path length."""
+    """Return the methods by their mean success rate over splits, the best first; ties are ordered by mean SPL."""
 
     def merit(method: str) -> tuple[float, float]:
         rows = [row for row in results.rows if row.method == method]
@@ -119,7 +119,10 @@ def _headline(results: Results, best: str) -> str:
 
 
 def _comparison(results: Results, best: str, baselines: Sequence[str]) -> str:
-    """Return a comparison of the best method with the next method, on the split where both differ most."""
+    """Return a sentence that compares the best method with one rival, on the split where the two differ most.
+
+    The rival is the best of the baselines or, without baselines, the next best method.
+    """
     others = [method for method in _ranked(results) if method != best]
     rivals = [method for method in others if method in baselines] or others
     if not rivals:
@@ -188,7 +191,7 @@ def _row(results: Results, row: Row) -> dict[str, Any]:
 
 
 def _wall_row(results: Results, method: str) -> dict[str, Any] | None:
-    """Return a method's rates with and without a wall; None if they equal the rates of the splits."""
+    """Return a method's rates with and without a wall; None if no split has episodes of both kinds."""
     rows = [row for row in results.rows if row.method == method]
     if not any(len(row.by_wall) == 2 for row in rows):
         return None

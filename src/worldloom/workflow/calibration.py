@@ -192,7 +192,7 @@ class _Scores:
         self._agent, self._now, self._broken = agent.parts[""], np.zeros(size), np.zeros(size, bool)
 
     def saw(self, frame: Frame, step: int) -> None:
-        """Compare the observed state with the prediction of the plan that led to it."""
+        """Compare the observed states with the predictions of the plans that led to them, and update the scores."""
         assert self._agent is not None
         plan, rails = self._agent.plan, self._agent.rails
         quantities = {

@@ -275,11 +275,11 @@ def evaluate(
 ) -> Results:
     """Evaluate methods of a run and write `results.json` and `report.html`; see `report_path`.
 
-    In a session, agents start with its memory and obey its rules, except baselines that do not support rules; on a
-    plant (see `worldloom.evaluation.Worlds`), these baselines are skipped. `others` maps row names to agents of other
-    libraries; see `worldloom.evaluation.ForeignPolicy`. The default protocol is the one for the world in which the data
-    were collected; see `Run.usual_protocol`. Without a protocol, each goal is a frame that the logging policy reached,
-    and `success` is the criterion, such as `position:3`. `changes` replace parts of the protocol; see
+    In a session, agents start with the session's memory and obey its rules. Baselines that do not support rules act
+    without them; on a plant (see `worldloom.evaluation.Worlds`) they are skipped. `others` maps row names to agents of
+    other libraries; see `worldloom.evaluation.ForeignPolicy`. The default protocol is the one for the world in which
+    the data were collected; see `Run.usual_protocol`. If there is none, each goal is a frame that the logging policy
+    reached, and `success` is the criterion, such as `position:3`. `changes` replace parts of the protocol; see
     `worldloom.evaluation.Changes`.
 
     Raises:

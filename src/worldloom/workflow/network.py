@@ -195,8 +195,8 @@ def opened(config: NodeConfig, *, progress: Progress = SILENT) -> Iterator[Node]
 def pilot(config: NodeConfig, out: Path | str, *, progress: Progress = SILENT) -> str:
     """Train alone for the constitution's `align_steps`, write a base for all members, and return its fingerprint.
 
-    This is for owners with different conventions: the other owners first train their stems against the pilot's base, so
-    that the averaged models share the pilot's conventions.
+    This is for owners with different conventions for actions or cameras. The other owners first train their stems
+    against the pilot's base, so that the averaged models share the pilot's conventions.
 
     Raises:
         ConfigError, DataError, StorageError: see `opened`, `Node.pilot` and `Base.save_new`.
@@ -211,7 +211,7 @@ def take_part(config: NodeConfig, *, stop: threading.Event | None = None, progre
     """Answer the coordinator until the last base has arrived, then fine-tune that base; return the run.
 
     Raises:
-        ConfigError: no coordinator could be reached, with `timeout_seconds` for each.
+        ConfigError: no coordinator could be reached; each was tried for `timeout_seconds`.
         LedgerRefused: a coordinator showed an invalid ledger, or different ledgers to different members.
         TrainingError: the node was stopped before the last base arrived.
         DataError, StorageError: the owner has left the consortium; or see `opened`.

@@ -184,7 +184,7 @@ def _happened(
     Returns None if the previous decision was for another number of environments.
 
     Raises:
-        DataError: the previous decision does not fit the model, or the environments that went on are not among its.
+        DataError: the previous decision does not fit the model, or it lacks an environment that went on after it.
     """
     assert place.previous is not None
     observations, before = read_situation(folder, place.previous)

@@ -215,9 +215,9 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """Return the numbers for a comparison of runs.
 
-        `success` is the default method's mean success rate over the splits of one evaluation, and `evaluation` is the
-        name of that evaluation. It is the one with the unchanged protocol of the recipe or its environment. If there is
-        none, it is the newest one.
+        `success` is the default method's mean success rate over the splits of one evaluation, and `evaluation` is that
+        evaluation's name. The chosen evaluation is the one with the unchanged protocol of the recipe or of its
+        environment or, if there is none, the newest.
         """
         recipe = recipe_values(self.folder)  # not parsed, because a component may need a module that is not imported
         metrics = self.folder.metrics()
@@ -272,7 +272,7 @@ def recipe_values(folder: RunFolder) -> dict[str, Any]:
 
 
 def find_runs(root: Path) -> Iterator[Run]:
-    """Yield the runs with a recipe below a folder, in the order of their paths. A damaged run raises an error on use.
+    """Yield the runs below a folder that have a recipe, ordered by path. A damaged run raises an error when it is used.
 
     Raises:
         StorageError: the folder does not exist.

@@ -25,8 +25,8 @@ class CuriosityConfig(Config):
     From each landmark the model imagines `walks` random walks of `horizon` blocks. A walk that ends farther than
     `novelty` from every landmark gives its landmark a promise (see `CuriosityGuide.promise`). The guide chooses the
     landmark with the largest ratio of promise to cost. The cost is the number of blocks to reach the landmark, plus
-    `overhead`. The guide then tries the most novel end of this landmark's walks. Each try lowers the landmark's
-    promise. An imagined state that was tried but not found no longer counts as new.
+    `overhead`. From this landmark the guide aims at the most novel end of its walks. Each such try lowers the
+    landmark's promise. An imagined state that was tried but not found no longer counts as new.
     """
 
     walks: int = Field(default=16, ge=1)

@@ -17,18 +17,18 @@ from worldloom.federation.rules.ranges import Count, Epsilon, Length, Magnitude,
 from worldloom.federation.secure.privacy import Clip, Noise
 
 CONTRIBUTION_FORMAT = 2
-"""The version of the format of contributions. In version 1 they named neither a constitution nor a head."""
+"""The version of the format of contributions. In version 1 they named neither a constitution nor a ledger head."""
 
 _LONGEST = 600  # characters of an error, because the sender chooses its length
 _Short = Annotated[str, StringConstraints(max_length=4096)]  # a name, key, hash, signature or share
 
 
 class Body(Config, strict=True):
-    """The body of a message; numbers must have exactly the stated type (1 is not true, and not "1")."""
+    """The body of a message. Types are strict: the number 1 is valid neither as a Boolean nor as text."""
 
 
 class Checkpoint(Body):
-    """A countersigned head of a ledger."""
+    """A ledger head (number of entries and newest hash), signed by a member that has received this ledger."""
 
     kind: _Short
     format: Literal[2]
@@ -46,7 +46,11 @@ class SeenHead(Body):
 
 
 class Spent(Body):
-    """The privacy that an owner has spent; empty without differential privacy."""
+    """The privacy that an owner has spent; empty without differential privacy.
+
+    `noise` is in units of `clip`. Under secure aggregation, `share` is the owner's fraction of the noise's variance,
+    and `in_sum` is the least noise that the sum can contain.
+    """
 
     clip: Clip | None = None
     noise: Noise | None = None
@@ -58,7 +62,7 @@ class Spent(Body):
 
 
 class _Trained(Body):
-    """The public facts of an owner's training in a round; `seen` is the head of the ledger that it had seen."""
+    """The public facts of an owner's training in a round; `seen` is the head of the ledger that the owner had seen."""
 
     format: Literal[2]
     constitution: _Short
@@ -112,7 +116,7 @@ class RefusalBody(Body):
 
 
 class _InSession(Body):
-    """An answer in a session of a secure sum."""
+    """The fields of every answer in a session (one attempt at a secure sum); `attempt` is the session's number."""
 
     constitution: _Short
     owner: _Short
@@ -122,7 +126,7 @@ class _InSession(Body):
 
 
 class SessionKeys(Body):
-    """The keys of an owner in a session, with its signature."""
+    """An owner's public keys for a session, signed by the owner: `mask` for masks, `box` to encrypt shares for it."""
 
     owner: _Short
     mask: _Short
@@ -152,7 +156,7 @@ class MaskedBody(_InSession):
 
 
 class UnmaskedBody(_InSession):
-    """The shares that unmask a sum, by owner."""
+    """The shares that unmask a sum, by the secret's owner: of the seeds of owners in the sum, of others' mask keys."""
 
     seeds: dict[str, _Short]
     keys: dict[str, _Short]
@@ -198,13 +202,13 @@ class _SessionAsk(_Ask):
 
 
 class ShareAsk(_SessionAsk):
-    """A request to share secrets; `roster` has the advertisements of all owners, as hexadecimal digits."""
+    """A request to share secrets; `roster` has each owner's answer to `advertise`, in hexadecimal digits."""
 
     roster: dict[str, str]
 
 
 class MaskAsk(_SessionAsk):
-    """A request for a masked delta; `inbox` has the encrypted shares by sender."""
+    """A request for a masked delta; `inbox` has the shares that are encrypted for the recipient, by sender."""
 
     inbox: dict[str, _Short]
 
@@ -225,7 +229,7 @@ ANSWERS: Mapping[str, type[Body]] = {
     "masked": MaskedBody,
     "unmasked": UnmaskedBody,
 }
-"""The body of each kind of answer."""
+"""The class of the body, by the kind of answer."""
 
 ASKS: Mapping[str, type[Body]] = {
     "train": RoundAsk,
@@ -236,7 +240,7 @@ ASKS: Mapping[str, type[Body]] = {
     "mask": MaskAsk,
     "unmask": UnmaskAsk,
 }
-"""The body of each request, by what it asks for."""
+"""The class of the body, by what the request asks for."""
 
 
 def check_answer(kind: str, body: Mapping[str, Any], sender: str) -> None:

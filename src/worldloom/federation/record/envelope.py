@@ -2,7 +2,7 @@
 
 A message consists of a magic number, the length of the header, the header (canonical JSON: kind, body, size and digest
 of the payload, the sender's key), the sender's signature of all that, and the payload in safetensors. Reading a message
-executes no code. Every size in it is checked against the received bytes before use.
+executes no code. Every size in a message is checked against the received bytes before use.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ def seal(kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor], *, k
 
 
 def unseal(data: bytes, *, kind: str, known: Mapping[str, str], limit: int) -> SignedMessage:
-    """Open a message; `known` maps public keys to names, and `limit` is the largest size in bytes.
+    """Check and decode a message; `known` maps public keys to names, and `limit` is the largest size in bytes.
 
     Raises:
         DataError: the message is too large, was truncated or changed, has a wrong kind, or is from an unknown sender.
@@ -75,7 +75,7 @@ def unseal(data: bytes, *, kind: str, known: Mapping[str, str], limit: int) -> S
 
 
 def read_statement(data: bytes, *, kind: str, known: Mapping[str, str], limit: int) -> SignedMessage:
-    """Open a message's `statement`: the tensors are missing, but their size and digest are signed; see `unseal`.
+    """Check and decode a message's `statement`, which lacks the tensors but signs their size and digest; see `unseal`.
 
     Raises:
         DataError: the statement is too large, was changed, has a wrong kind, or is from an unknown sender.
@@ -95,7 +95,7 @@ class Refusal(DataError):
 
 
 def unseal_answer(data: bytes, *, kind: str, sender: str, known: Mapping[str, str], limit: int) -> SignedMessage:
-    """Open an answer from the node `sender`, and check its body; see `unseal` and `check_answer`.
+    """Check and decode an answer from the node `sender`; see `unseal` and `check_answer`.
 
     Raises:
         Refusal: the node refused; the error includes its reason.

@@ -281,7 +281,7 @@ class LedgerReader(Records):
 def verify_ledger(
     path: Path | str, constitution: Constitution, checkpoints: Collection[Mapping[str, Any]] = ()
 ) -> LedgerVerdict:
-    """Verify every entry and signature, and check the ledger against countersigned checkpoints.
+    """Verify all entries and signatures of a ledger, also against countersigned checkpoints; return the verdict.
 
     Raises:
         StorageError: there is no such file.
@@ -427,7 +427,7 @@ def _fault(entry: Entry, reader: LedgerReader) -> str:
 
 
 def is_signed(line: bytes, constitution: Constitution) -> bool:
-    """Whether a line is an entry that a coordinator signed, whatever the ledger that it belongs to."""
+    """Whether a line is a ledger entry that a coordinator signed, for this or any other ledger."""
     entry, _ = parse_entry(line)
     return entry is not None and _is_of_ledgers(entry.body) and not _signature_fault(entry, constitution)
 

@@ -24,7 +24,7 @@ State = Literal["waiting", "contributed", "refused", "left out"]
 
 @dataclass(frozen=True, kw_only=True)
 class Contributed:
-    """An accepted contribution: entry `index` of the ledger, `seconds` after its round began."""
+    """An accepted contribution; `index` is the index of its entry, and `seconds` the time since its round began."""
 
     index: int
     seconds: float

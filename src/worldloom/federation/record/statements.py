@@ -1,7 +1,7 @@
 """What members sign themselves: contributions, exits, and the heads of the ledger that they have seen.
 
-The ledger contains these statements, so that a reader verifies them with the members' keys. A coordinator cannot forge
-them.
+The ledger contains these statements, so that any reader can verify them with the members' keys. A coordinator cannot
+forge them.
 """
 
 import base64
@@ -17,7 +17,7 @@ from worldloom.federation.record.envelope import SignedMessage, read_statement, 
 from worldloom.federation.rules.constitution import Constitution
 
 CHECKPOINT = {"kind", "format", "length", "hash", "key", "signature"}
-"""The exact keys of a checkpoint."""
+"""The keys that a checkpoint must have, and no others."""
 
 _COUNTERSIGNED = "worldloom countersigned checkpoint"
 _FORMAT = 2  # of checkpoints; format 1 signed without a domain
@@ -164,7 +164,7 @@ def seen_in(message: SignedMessage) -> ChainHead:
 
 
 def exit_facts(word: bytes, owner: str, number: int, constitution: Constitution) -> dict[str, Any] | None:
-    """Return the facts of an exit entry from the member's signed message; None if the message is not an exit.
+    """Return the facts of an exit entry for the message `word`; None if it is not the owner's exit in this round.
 
     The entry contains the message, so that only the member itself can declare its exit.
     """

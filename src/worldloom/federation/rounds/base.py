@@ -39,7 +39,7 @@ class Base:
         named: str | None = None,
         what: str = "the base",
     ) -> "Base":
-        """Check tensors and compute their fingerprint.
+        """Check tensors, and return them as a base with their fingerprint.
 
         Args:
             tensors: the shared tensors, which must be finite.

@@ -23,7 +23,7 @@ _SEPARATOR = "|"  # between a tensor's name and its part of a payload
 
 
 class Codec(Component):
-    """A codec of deltas; `decode` accepts payloads of untrusted senders."""
+    """A codec of deltas; `decode` checks its payload, which may come from an untrusted sender."""
 
     def encode(
         self,

@@ -83,10 +83,12 @@ _COUNT = TypeAdapter(Count)
 
 
 def read_contribution(message: SignedMessage, number: int, base: Base, constitution: Constitution) -> dict[str, Tensor]:
-    """Check a member's contribution to a round and return its delta; this is the coordinator's trust boundary.
+    """Check a member's contribution to a round and return its delta.
+
+    This is the coordinator's trust boundary: later code does not check the delta again.
 
     Raises:
-        DataError: the contribution is for another consortium, round or base, its data class may not shape the base, its
+        DataError: the contribution is for another consortium, round or base, its data class is not permitted, its
             privacy settings are not those of the constitution, or the tensors are not a finite delta with the base's
             names and shapes.
     """
@@ -134,7 +136,7 @@ def check_frames(owner: str, frames: Any, constitution: Constitution) -> None:
 
 
 def check_spent(message: SignedMessage, constitution: Constitution) -> None:
-    """Check that a contribution reports the spent privacy with the settings of the constitution.
+    """Check that the spent privacy in a contribution was computed with the constitution's settings.
 
     Raises:
         DataError: the settings differ; the message names the member.

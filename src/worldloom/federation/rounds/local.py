@@ -33,10 +33,10 @@ class Trained:
 class LocalTraining:
     """The training of one owner, in its own run folder.
 
-    A segment of training is identified by its name and its base. A repeated call resumes the segment, or returns the
-    result of a finished one. With a different base under the same name, the segment starts again from the current
-    state. Sovereign parts (the sovereign tensors of `partition`, the optimiser's moments, the modules of the losses)
-    stay in the folder.
+    Training proceeds in segments, each with a name and a base. A repeated call with the same name and base resumes the
+    segment, or returns its result if it is finished. A call with the same name and another base begins a new segment
+    from the run's current state. Sovereign parts (the sovereign tensors of `partition`, the optimiser's moments, the
+    modules of the losses) stay in the folder.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class LocalTraining:
         schedule: int | None = None,
         frozen: bool = False,
     ) -> Trained:
-        """Train for some steps from a base; the base must contain exactly the shared tensors.
+        """Train for some steps from a base, which must contain exactly the shared tensors; return the result.
 
         `at` is the step of the learning-rate schedule at which the segment begins, by default the run's current step.
         `schedule` is the schedule's length in steps. With `frozen` the shared tensors are not trained.
@@ -80,7 +80,8 @@ class LocalTraining:
     def fine_tune(self, name: str, base: Base, steps: int, *, frozen: bool = False) -> None:
         """Train a base for some steps for the owner's own use, while the learning rate falls to 0.
 
-        The learning rate follows the last `steps` of the shared schedule, or a longer schedule if `steps` exceeds it.
+        The learning rate follows the last `steps` of the shared schedule. If that schedule has fewer steps, the
+        learning rate follows a complete schedule of `steps`.
 
         Raises:
             CheckpointError, TrainingError: see `train`.

@@ -34,7 +34,7 @@ _LEDGER, _SEEN, _BASE, _RECEIVED = "ledger.jsonl", "countersigned.json", "base",
 
 
 class EntriesMissing(DataError):
-    """A member's copy of the ledger lacks earlier entries; `length` is the number of entries in the copy."""
+    """A member's copy of the ledger lacks entries before the received ones; `length` is the copy's length."""
 
     def __init__(self, length: int) -> None:
         super().__init__(f"this copy of the ledger has only {length} entries; send the entries from index {length} on")
@@ -91,7 +91,7 @@ class MemberStore:
 
     @property
     def seen(self) -> ChainHead | None:
-        """The head of the ledger that the member countersigned; None before the first time."""
+        """The ledger head that the member countersigned last; None if it has not countersigned any."""
         path = self.path / _SEEN
         return checked(read_json(path), self._constitution) if path.is_file() else None
 

@@ -134,9 +134,9 @@ class Members:
         return answers
 
     def refuse(self, owner: str, what: str, why: Exception, number: int) -> None:
-        """Record, once per round and reason, that a member's answer to a request other than a contribution is invalid.
+        """Record in the ledger, once per round and reason, that a member's answer to the request `what` is invalid.
 
-        `what` is the request.
+        This is for requests other than those for contributions; see `collect`.
         """
         reason = f"{what}: {why}"[:LONGEST_REASON]
         _log.warning("round %d: the answer of %s does not count: %s", number, owner, reason)

@@ -184,7 +184,7 @@ class Node:
     def pilot(self, base: Base) -> Base:
         """Train alone from an untrained base for `align_steps`; return a candidate for the first base of all members.
 
-        Only data that may shape a base is used. A repeated call returns the same base.
+        Only data that is permitted for the base is used. A repeated call returns the same base.
 
         Raises:
             DataError: the constitution's `align_steps` is 0, or a base was received already.

@@ -36,9 +36,9 @@ from worldloom.models import delete_tensors, load_tensors, save_tensors
 _DELTA = "own-delta"
 
 Contribute = Callable[[int, Base], Contribution]
-"""Trains from the base of a round; a repeated call returns the same contribution."""
+"""A function that trains from the base of a round; a repeated call returns the same contribution."""
 Spend = Callable[[PrivacyConfig, int, float], Mapping[str, Any]]
-"""Accounts for the privacy of a round whose sum contains this noise; returns the privacy spent so far."""
+"""A function that accounts for a round whose sum contains this noise; it returns the privacy spent so far."""
 
 
 class _SessionState(Config):

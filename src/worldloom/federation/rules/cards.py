@@ -160,12 +160,12 @@ def may_shape_base(card: DataCard, constitution: Constitution) -> Permission:
     if "base" not in card.purposes:
         why = f"the card of {card.title!r} does not list 'base' in its purposes"
     elif card.data_class not in constitution.classes:
-        why = f"{card.data_class} data may not shape the base of {constitution.consortium}"
+        why = f"{card.data_class} data may not train the base of {constitution.consortium}"
     elif needs and constitution.privacy is None:
-        why = "controlled data may shape the base only under differential privacy, which the constitution does not set"
+        why = "controlled data may train the base only under differential privacy, which the constitution does not set"
     else:
         how = " under privacy" if needs else ""
-        return Permission(allowed=True, needs_privacy=needs, why=f"{card.data_class} data may shape the base{how}")
+        return Permission(allowed=True, needs_privacy=needs, why=f"{card.data_class} data may train the base{how}")
     return Permission(allowed=False, needs_privacy=needs, why=why)
 
 

@@ -129,7 +129,7 @@ class Constitution(Config):
         private = self.privacy is not None and self.privacy.noise > 0 and self.privacy.epsilon_budget is not None
         if "controlled" in self.classes and not private:
             raise ConfigError(
-                "classes: controlled data may shape the base only under differential privacy; set privacy with noise "
+                "classes: controlled data may train the base only under differential privacy; set privacy with noise "
                 "and an epsilon_budget, or remove 'controlled'"
             )
         names = [one if isinstance(one, str) else one.name for one in self.coordinators]

@@ -50,7 +50,7 @@ class PrivacyConfig(Config):
 
 
 def secret_generator() -> torch.Generator:
-    """Return a generator with a secret seed from the operating system; the seed would allow to subtract the noise."""
+    """Return a generator with a secret seed from the operating system; knowing the seed, one can subtract the noise."""
     return torch.Generator().manual_seed(secrets.randbits(63))
 
 

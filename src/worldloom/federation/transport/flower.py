@@ -183,8 +183,8 @@ def _await(
 ) -> threading.Event:
     """Poll for the answer to a message in a separate thread; return the event that ends the thread.
 
-    If a node dies while it sends an answer, Flower waits a long time for the rest. In one thread, this would delay the
-    answers of other nodes.
+    If a node dies while it sends an answer, Flower waits a long time for the rest of it. If one thread polled for all
+    nodes, this would delay the answers of the others.
     """
 
     ended = threading.Event()
@@ -224,7 +224,7 @@ def serve(
     port: int = 9443,
     largest: int = 2**30,
 ) -> Iterator[FlowerTransport]:
-    """Run a SuperLink while the block runs, and yield a transport that uses it.
+    """Run a SuperLink (Flower's server process) while the `with` block runs, and yield a transport that uses it.
 
     Nothing in `home` is needed for the next start, because the state is in the coordinator's ledger. If the SuperLink
     ends, it is restarted at the next exchange. It ends when this process ends or is killed.
@@ -270,7 +270,7 @@ def join(
     timeout_seconds: float = 600.0,
     stop: threading.Event | None = None,
 ) -> None:
-    """Run a SuperNode, and answer the coordinator's messages in this process until `stop` is set.
+    """Run a SuperNode (Flower's client process), and answer the coordinator's messages here until `stop` is set.
 
     If the SuperNode ends, it is restarted with growing delays, because the coordinator may be down for a while. It ends
     when this process ends or is killed. If the handler raises, the coordinator receives only the exception's type; the

@@ -165,7 +165,7 @@ class Door(socket.socket):
         return guest, address
 
     def welcome(self, name: tuple[str, int] | None) -> None:
-        """Note that the gate accepted a request on a connection."""
+        """Record that the gate accepted a request on the connection from the address `name`."""
         if name is not None:
             self._welcome.add(name)
 

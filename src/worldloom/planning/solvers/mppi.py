@@ -16,9 +16,10 @@ class MPPI(Solver):
     """Move the plan by the noise of the samples, weighted by exp(-cost / temperature).
 
     This is the paper's information-theoretic form: u <- u + sum_k w_k e_k with w = softmax(-(S + control u' Sigma^-1 e)
-    / temperature). `temperature` and `control` are in standard deviations of the costs of one iteration, so they do not
-    depend on the unit of the cost. The noise's deviation, in units of half an action's range, is multiplied by `decay`
-    in each iteration. The actions of a block share the fraction `held` of the noise's variance.
+    / temperature), where u is the plan, e the noise of the samples with covariance Sigma, and S their cost.
+    `temperature` and `control` are in standard deviations of the costs of one iteration, so they do not depend on the
+    unit of the cost. The noise's deviation, in units of half an action's range, is multiplied by `decay` in each
+    iteration. The actions of a block share the fraction `held` of the noise's variance.
     """
 
     name: Literal["mppi"] = "mppi"

@@ -183,7 +183,7 @@ def test_a_card_does_not_count_if_another_environment_is_stated(
     assert prints[0] == prints[1]
     for known in (None, prints[1]):
         assert card_of(path, {public: "acme"}, fingerprint=known).data_class == "private"
-    assert "what the dataset says about its environment was changed" in caplog.text
+    assert "the dataset's description of its environment was changed" in caplog.text
 
 
 def test_a_card_does_not_count_for_content_that_was_exchanged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

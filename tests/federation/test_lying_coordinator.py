@@ -472,7 +472,7 @@ def test_every_entry_belongs_to_the_round_that_runs(begun, kind, number) -> None
 def test_only_coordinators_write_entries_and_only_about_members(begun) -> None:
     who, entries = begun
     facts = {"owner": "nobody", "reason": "late"}
-    assert "of no member" in reader(who, entries).fit_fault({"kind": "refusal", "round": 0, "facts": facts})
+    assert "names no member" in reader(who, entries).fit_fault({"kind": "refusal", "round": 0, "facts": facts})
     path = who.path / "by-a-member.jsonl"
     path.write_text("".join(f"{entry.line()}\n" for entry in entries))
     with Ledger(path, who.keys["north"]) as ledger:

@@ -160,5 +160,5 @@ def replay_entry(
     if found.differ:
         raise DataError(
             f"{log}: the replay of entry {entry} differs in: {', '.join(found.differ)}. Repeat the replay on the same "
-            f"machine, with the same versions and number of threads. If it still differs, the record is false"
+            f"machine, with the same versions and number of threads. If it still differs, the log's entry is false"
         )

@@ -402,8 +402,8 @@ def _protocol(
     if declares_plant(env_id):
         if not named:
             raise ConfigError(
-                f"the data are from {env_id} with {stored}, which is not a simulator. A file must not choose what is "
-                f"driven: name the arguments yourself, such as --env-arg address=tcp://HOST:PORT"
+                f"the data are from {env_id} with {stored}, which is not a simulator. A file must not choose which "
+                f"system is driven: name the arguments yourself, such as --env-arg address=tcp://HOST:PORT"
             )
         stored = {}
     conventions["env_kwargs"] = {**stored, **named}

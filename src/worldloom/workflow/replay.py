@@ -154,7 +154,7 @@ def replay_entry(folder: Path, index: int, *, run: Path | None = None, progress:
     name = parse_body(entry, EntryBody).part
     if name not in agent:
         raise DataError(f"entry {index} names the part {name!r} of the agent; expected one of {sorted(agent)}")
-    unchecked = [_INPUTS, f"what entry {opened.index} says of the agent for people, such as the owners of its rules"]
+    unchecked = [_INPUTS, f"the values in entry {opened.index} that only inform readers, such as the owners of rules"]
     with use_threads(about.threads):  # the last bit of a sum depends on the number of threads
         plan, differ = replay(folder, entry, agent[name].decide, there.model)
         happened: Mapping[str, Any] | None = None

@@ -93,8 +93,8 @@ def _picture(run: Run, path: Path) -> Observations:
     expected = run.model.spec.observation.pixels
     if expected is None or run.model.spec.observation.vector:
         raise DataError(
-            "the model does not observe only pixels, so pictures cannot define start and goal; take both from a "
-            "protocol with --protocol"
+            "the model observes a vector, so pictures alone cannot define start and goal; take both from a protocol "
+            "with --protocol"
         )
     return read_picture(path, expected, values=run.picture_values)
 

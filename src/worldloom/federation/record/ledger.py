@@ -249,7 +249,7 @@ class LedgerReader(Records):
         if owner in facts["left_out"] or reasons:
             return "refused", reasons[-1] if reasons else "the quality gate left all contributions out"
         if left := self.exit_of(owner, made[-1].index):
-            return "left", f"by the ledger {owner} left in round {left.body['round']}, and has not returned"
+            return "left", f"{owner} left in round {left.body['round']} and has not returned, according to the ledger"
         return "dropped", ""
 
     def verdict(self, why: str = "", seen: Iterable[ChainHead] = ()) -> LedgerVerdict:

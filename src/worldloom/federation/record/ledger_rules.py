@@ -82,7 +82,7 @@ class LedgerRules:
         if kind == "contribution":
             return self._contribution_fault(number, facts)
         if kind == "refusal" and facts.get("owner") not in (THE_SUM, *self._constitution.members):
-            return "is a refusal of a contribution of no member"
+            return "is a refusal that names no member as the owner of the contribution"
         if kind == "exit":
             return self._exit_fault(number, facts)
         if kind == "return":

@@ -92,7 +92,7 @@ class SignedContribution:
         kinds = ("advertised", "masked") if constitution.secure_aggregation else ("contribution",)
         if len(statements) != len(kinds):
             raise DataError(
-                f"the number of messages in it that the member signed is {len(statements)}; expected {len(kinds)} "
+                f"it contains {len(statements)} messages that the member signed; expected {len(kinds)} "
                 f"({' and '.join(kinds)})"
             )
         known = constitution.member_names()

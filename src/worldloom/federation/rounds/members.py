@@ -165,8 +165,8 @@ class Members:
         before, now = epsilon_in(self._ledger.spent(owner)), epsilon_in(spent)
         if now < before:
             raise DataError(
-                f"{owner} reports a spent epsilon of {now:.4g}, but has reported {before:.4g} before; restore its "
-                f"folder, which counts the spent privacy, from a copy"
+                f"{owner} reports a spent epsilon of {now:.4g}, but has reported {before:.4g} before; its folder "
+                f"contains the count of spent privacy: restore the folder from a copy"
             )
 
     def mark_present(self, owner: str, seen: ChainHead, number: int) -> None:

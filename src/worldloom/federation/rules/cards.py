@@ -117,7 +117,7 @@ def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str
             )
         if card.environment and card.environment != _environment(opened or EpisodeDataset.open(dataset)):
             raise DataError(
-                "what the dataset says about its environment was changed after its owner signed the card; the owner "
+                "the dataset's description of its environment was changed after its owner signed the card; the owner "
                 "must sign a new card"
             )
         if opened is not None:

@@ -88,7 +88,7 @@ def test_what_no_label_tells_is_left_out() -> None:
     errors = torch.rand(100, 1, 2)
     errors[::2, 0, 1] = math.nan
     assert margin_shape(errors, 0.1).isfinite().all()
-    with pytest.raises(DataError, match="0 sections of held-out logs are too few"):
+    with pytest.raises(DataError, match="0 windows of held-out logs are too few"):
         margin_shape(torch.full((50, 1, 1), math.nan), 0.1)
 
 

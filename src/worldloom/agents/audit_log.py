@@ -248,7 +248,8 @@ def damaged_situations(folder: Path | str, *, progress: Progress = SILENT) -> li
 def unrecorded_situations(folder: Path | str) -> int:
     """Return the number of situations that no entry names.
 
-    A process that is killed after it wrote a situation, but before the entry, leaves one. So does each removed entry.
+    A process that is killed after it wrote a situation, but before it wrote the entry, leaves such a situation behind.
+    So does the removal of an entry.
     """
     named = {f"{entry.body['situation']}.safetensors" for entry in log_entries(folder) if "situation" in entry.body}
     with storage_errors(Path(folder)):

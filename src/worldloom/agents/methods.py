@@ -205,8 +205,9 @@ class PlannedMethod(MethodConfig):
     ) -> PlanningAgent:
         """Build an agent that plans under the rule set.
 
-        `toward` returns the objective of reaching latents. The objectives of the rule set and the weighted `costs` are
-        added, unless `objective` replaces them all. `replan` is in environment steps; 0 means one block.
+        `toward` returns the objective of reaching latents. The agent minimises this objective as the rule set extends
+        or replaces it (see `build_objective`), plus the weighted `costs`; or only `objective`, if it is given. `replan`
+        is in environment steps; 0 means one block.
         """
         rails, rules = self.rails(parts), parts.rules
 

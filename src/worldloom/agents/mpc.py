@@ -74,7 +74,7 @@ class PlanningAgent(Agent):
         objective: returns the objective of reaching goal latents (B, D).
         replan: the number of environment steps between plans. Each search starts from the last plan, shifted by the
             steps that were executed.
-        proposer: proposes further plans for the search to start from (mode 2).
+        proposer: proposes further plans for the search to start from, such as those of a reactive policy.
         guide: replaces the goal by a subgoal for each plan.
         observer: remembers the observations at each plan.
         fallback: acts when no plan satisfies the planner's guardrails; its actions are corrected where they break a

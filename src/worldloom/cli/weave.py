@@ -344,7 +344,8 @@ def compare(
 ) -> None:
     """Check that other members have seen the same ledger; ROUNDS may also be a node's folder 'consortium'.
 
-    Members send each other the file consortium/countersigned.json of their nodes. If a head is not on this ledger, the
+    Members send each other the file consortium/countersigned.json of their nodes. It contains the length of the ledger
+    that the member has seen, and the hash of its newest entry. If this ledger has another hash at that length, the
     coordinator showed different ledgers, and the command exits with code 3.
     """
     from worldloom.federation import LedgerForked, compare_heads, read_constitution, read_ledger

@@ -233,8 +233,8 @@ class PlantServer:
     def _begin_episode(self, connection: Connection, ended: list[LinkError]) -> bool:
         """Apply the safe action and call the reset function. Send heartbeats meanwhile, because both may take long.
 
-        Return False if the safe action could not be applied. The reset then waits, because an operator may enter the
-        cell during a reset.
+        Return False if the safe action could not be applied. The reset then waits, because an operator may be near the
+        plant during a reset.
         """
         done = threading.Event()
 

@@ -37,7 +37,7 @@ def gym_protocol(
     episodes: int = 100,
     **conventions: Any,
 ) -> Protocol:
-    """Return a protocol for any Gymnasium id; each goal is a frame that the logging policy reaches from the same seed.
+    """Return a protocol for any Gymnasium id; each goal is a frame that the logging policy reaches from the start.
 
     The default budget is four times the longest `goal_offset`. `conventions` are other fields of `Protocol`, such as
     `policy`, `env_kwargs`, `min_distance`, `frame_skip` or `seed`.

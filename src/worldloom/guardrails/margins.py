@@ -179,7 +179,7 @@ def tolerance_quantile(scores: Float[Tensor, "N"], risk: float, confidence: floa
 
 
 def margin_shape(errors: Float[Tensor, "N G T"], risk: float, *, least: float = 1e-3) -> Float[Tensor, "G T"]:
-    """Return margins; an error on a section of logs exceeds its margin with probability at most `risk`.
+    """Return margins; an error on a window of logs exceeds its margin with probability at most `risk`.
 
     An error is the true violation minus the predicted one; NaN errors are left out. For each guardrail and step, the
     margin is the conformal quantile of the errors. The margin bounds the error of a single candidate, but not the error
@@ -187,7 +187,7 @@ def margin_shape(errors: Float[Tensor, "N G T"], risk: float, *, least: float = 
     `least` times the largest margin.
 
     Raises:
-        DataError: there are too few sections for this risk.
+        DataError: there are too few windows for this risk.
     """
     shape = torch.zeros(errors.shape[1:], dtype=torch.float32)
     for guardrail, step in itertools.product(*map(range, shape.shape)):
@@ -196,7 +196,7 @@ def margin_shape(errors: Float[Tensor, "N G T"], risk: float, *, least: float = 
         shape[guardrail, step] = conformal_quantile(found, risk)
         if math.isinf(shape[guardrail, step]):
             raise DataError(
-                f"{len(found)} sections of held-out logs are too few for a risk of {risk:g}; label more logs or accept "
+                f"{len(found)} windows of held-out logs are too few for a risk of {risk:g}; label more logs or accept "
                 f"a higher risk"
             )
     shape = shape.clamp_min(0).cummax(dim=1).values

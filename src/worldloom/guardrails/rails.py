@@ -68,7 +68,7 @@ class Rail(Component):
 
     @abstractmethod
     def reads(self, title: str, heads: Heads) -> tuple[Any, ...]:
-        """Return the further arguments of `violation`, such as probes.
+        """Return the arguments of `violation` after the rollouts, such as probes.
 
         Raises:
             ConfigError: the run lacks one of these inputs, or one has the wrong size; the message contains `title`.
@@ -99,7 +99,7 @@ class Rail(Component):
         return self.over(title, *self.reads(title, heads), owner=owner)
 
     def over(self, title: str, *reads: Any, owner: str = "") -> "BoundRail":
-        """Return the guardrail, with `reads` as the further arguments of `violation`."""
+        """Return the guardrail, with `reads` as the arguments of `violation` after the rollouts."""
         return BoundRail(name=title, owner=owner, rail=self, reads=reads, margin=self.margin)
 
 

@@ -24,9 +24,9 @@ LAYERS = ("operator", "site", "community")
 class RuleLayer(Config):
     """One layer of a rule set: the rules of one `owner`.
 
-    `guardrails` are hard limits; `objectives` are weighed against the goal. `risk` is the accepted fraction of episodes
-    in which a guardrail is broken; margins are calibrated to keep this risk. `fallback` is how the agent acts when no
-    plan satisfies the guardrails.
+    `guardrails` are hard limits; `objectives` are weighted costs. `risk` is the accepted fraction of episodes in which
+    a guardrail is broken; margins are calibrated to keep this risk. `fallback` is how the agent acts when no plan
+    satisfies the guardrails.
 
     `version` grows with each change that the owner signs, so that an older file is refused once a newer one was used;
     0 means that the layer has no version. If one owner signs several layers, `name` distinguishes them, so that each

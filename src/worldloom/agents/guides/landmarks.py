@@ -162,7 +162,7 @@ class LandmarkGuide:
     def locate(self, here: Float[Tensor, "B D"], followed: Plan | None, blocks: int) -> list[int]:
         """Locate the environments; return the landmark of each, or -1 for an environment at no known place.
 
-        `followed` is the plan that led here; `blocks` of its blocks were executed.
+        `followed` is the plan that led here; its first `blocks` blocks were executed.
         """
         self.events = [""] * len(here)
         if followed is not None:
@@ -211,7 +211,7 @@ class LandmarkGuide:
             way.route, way.at, way.best, way.waited, way.careful = None, -1, np.inf, 0, False
 
     def _looks(self, goals: list[Tensor], shift: Float[Tensor, "D"]) -> list[Tensor]:
-        """Return the possible appearances of a goal after its world changed: the first, and the latest of the others.
+        """Return the possible appearances of a goal after its world changed: the original one, and the newest others.
 
         Appearances that are very similar to another are left out; otherwise each change would double their number.
         """

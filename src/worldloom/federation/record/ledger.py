@@ -80,7 +80,7 @@ class Records:
     def of(self, kind: str, round: int) -> list[Mapping[str, Any]]:
         """Return the facts of a round's entries of one kind, in order.
 
-        If a new coordinator took over during the round (a succession), only the entries after that are returned.
+        If a new coordinator took over during the round (a succession), only the entries after the takeover count.
         """
         found: list[Mapping[str, Any]] = []
         for entry in self.entries():

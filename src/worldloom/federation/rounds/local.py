@@ -216,7 +216,7 @@ def _shared_statistics(model: JEPAConfig, spec: DatasetSpec, partition: Partitio
 
 
 def check_has_a_pilot(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig) -> None:
-    """Check that a consortium whose initial base is untrained shares no statistics, because that base has none.
+    """Check that a consortium with an untrained initial base shares no statistics, which that base could not contain.
 
     Raises:
         ConfigError: the partition shares statistics; the message names one.

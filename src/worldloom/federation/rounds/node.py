@@ -218,9 +218,9 @@ class Node:
     def train_alone(self, steps: int, *, still: Callable[[], bool] = lambda: True) -> bool:
         """Continue training without a coordinator, for example when none can be reached; return whether it trained.
 
-        Training starts from the newest base, or continues from earlier calls. The trained shared tensors are not sent;
-        the next round starts from the base that the coordinator sends. `still` is called once the node is idle; if it
-        returns False, the node does not train.
+        Training starts from the newest base, or continues where an earlier call ended. The trained shared tensors are
+        not sent; the next round starts from the base that the coordinator sends. Once the node is idle, it calls
+        `still`; if `still` returns False, the node does not train.
 
         Raises:
             DataError: no base has been received yet.

@@ -110,7 +110,7 @@ class SumSession(Config):
     """The parameters that owners and coordinator agree on before a sum; a `name` must never be used twice.
 
     `name` contains round, base and attempt. `owners` maps each owner to its Ed25519 key in hexadecimal digits. `shapes`
-    maps the names of a delta's tensors to their shapes. `threshold` is over half of the owners; if fewer of them
+    maps the names of a delta's tensors to their shapes. `threshold` is over half of the owners; if fewer owners
     complete the session, nothing is revealed.
     """
 

@@ -145,7 +145,7 @@ class Event(Config):
 
 
 class Accountant:
-    """The privacy spent so far; every release must be counted here first.
+    """Counts the privacy spent; every release must be counted before it is sent.
 
     `state` are the rounds counted so far, as returned by `Accountant.state`.
 

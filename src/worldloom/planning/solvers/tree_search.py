@@ -179,8 +179,8 @@ def _best_joins(
 ) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B K"]]:
     """Return, for each scale, the cheapest pair of each of the `count` best forward branches, as node numbers.
 
-    A cost is steps + steps + scale |f - b|^2. It is expanded so that all scales share one matrix product; each scale
-    needs one minimum over the nodes of the goal's side.
+    The cost of a pair of nodes f and b is the steps to both, plus scale |f - b|^2. The square is expanded, so that all
+    scales share one matrix product; each scale then needs one minimum over the nodes of the goal's side.
     """
     ours, theirs = forward.nodes, backward.nodes
     ours_squared, theirs_squared = ours.square().sum(-1), theirs.square().sum(-1)[:, None]

@@ -278,9 +278,9 @@ def evaluate(
     In a session, agents start with the session's memory and obey its rules. Baselines that do not support rules act
     without them; on a plant (see `worldloom.evaluation.Worlds`) they are skipped. `others` maps row names to agents of
     other libraries; see `worldloom.evaluation.ForeignPolicy`. The default protocol is the one for the world in which
-    the data were collected; see `Run.usual_protocol`. If there is none, each goal is a frame that the logging policy
-    reached, and `success` is the criterion, such as `position:3`. `changes` replace parts of the protocol; see
-    `worldloom.evaluation.Changes`.
+    the data were collected; see `Run.usual_protocol`. If there is none, or if `success` is given and the recipe has no
+    protocol for this world, each goal is a frame that the logging policy reached, and `success` is the criterion, such
+    as `position:3`. `changes` replace parts of the protocol; see `worldloom.evaluation.Changes`.
 
     Raises:
         ConfigError: the protocol or a method does not exist, `success` is needed but missing, or one of `methods` or

@@ -458,8 +458,8 @@ class Unmasker:
     def _recover(self, shares: Mapping[str, int], is_right: Callable[[bytes], bool]) -> tuple[bytes, set[str]] | None:
         """Return a secret, and the owners whose shares agree with it; None if no tried group of shares recovers it.
 
-        All shares are tried first, then groups as large as the threshold: first without owners that sent a wrong share
-        of another secret.
+        The shares of all owners that sent no wrong share of another secret are tried first. Groups of `threshold`
+        owners follow: first groups of these owners, then groups of any owners.
         """
         points = {name: point for point, name in enumerate(self.session.names, 1)}
         trusted = sorted(name for name in shares if name not in self.wrong)

@@ -128,9 +128,8 @@ class Door(socket.socket):
     """A listening socket that accepts a limited number of connections.
 
     The number is limited in total, per address, and per address and second. If there are too many, the oldest
-    connection that is not `welcome` is closed: one on which the gate has accepted no request. Connections from this
-    machine, such as the coordinator's, are counted separately and may arrive at any rate, so that others cannot keep
-    them out.
+    connection on which the gate has accepted no request (see `welcome`) is closed. Connections from this machine, such
+    as the coordinator's, are counted separately and may arrive at any rate, so that others cannot keep them out.
 
     A failed TLS handshake leaves about 0.3 MB in reference cycles of asyncio, which Python's own collector may not see
     for minutes; the door therefore collects garbage after a number of connections.

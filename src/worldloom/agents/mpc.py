@@ -213,7 +213,7 @@ class PlanningAgent(Agent):
         self._auditor.ended(rows, here, outcomes, block=block, whole=whole)
 
     def explorer(self) -> Explorer:
-        """Return an agent that explores other environments, and adds what it learns to this agent's memory and map.
+        """Return an agent that explores other environments, and adds what it learns to this agent's memory.
 
         See `explores`.
         """

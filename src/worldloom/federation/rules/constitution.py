@@ -50,7 +50,7 @@ class ExternalCoordinator(Config):
 
 
 class Quality(Config):
-    """The quality gate: the largest relative growth of the median member's held-out loss from a base to the next."""
+    """The quality gate: the largest relative growth of held-out losses from a base to the next (median of members)."""
 
     max_worse: float = Field(default=0.1, ge=0, le=1e30)
 

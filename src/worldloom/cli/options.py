@@ -50,7 +50,7 @@ Threads = Annotated[
 Audit = Annotated[Path | None, typer.Option("--audit", help="A directory for the log of every decision of the agent.")]
 Rules = Annotated[
     list[Path] | None,
-    typer.Option("--rules", metavar="FILE", help="A layer of the rule set that agents obey; repeat, uppermost first."),
+    typer.Option("--rules", metavar="FILE", help="A layer of the agents' rule set; one per layer, uppermost first."),
 ]
 Trust = Annotated[
     list[str] | None,

@@ -57,7 +57,7 @@ class LedgerVerdict:
 
 
 Outcome = Literal["open", "counted", "refused", "left", "dropped"]
-"""What became of a contribution. "left": its member left; "dropped": its round ended without it, and gives no reason."""
+"""What became of a contribution. "left": its member left; "dropped": its round ended without it or a reason."""
 
 
 class Records:

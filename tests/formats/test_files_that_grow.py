@@ -1,5 +1,6 @@
 """A small file cannot take all memory: what it would grow to is an error that says what to do."""
 
+import os
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from format_samples import make_store, read_all
 
-from worldloom.core.errors import DataError
+from worldloom.core.errors import DataError, StorageError
 from worldloom.core.untrusted import HarmfulFile, try_files
 from worldloom.data import room_for
 from worldloom.formats import WriteOptions, convert, lerobot_layout
@@ -54,3 +55,11 @@ def test_more_episodes_than_memory_is_for_are_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(lerobot_layout, "_MOST_EPISODES", 1)
     with pytest.raises(DataError, match="rows, one per episode; at most 1 are read"):
         read_all("lerobot-v3", tmp_path / "there")
+
+
+def test_a_line_of_any_length_is_not_read_whole(tmp_path: Path) -> None:
+    make_store(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "there", target_format="lerobot-v21")
+    os.truncate(tmp_path / "there" / "meta" / "episodes.jsonl", 2**27)
+    with pytest.raises(StorageError, match=r"line 5 of .*episodes.jsonl is longer than"):
+        read_all("lerobot-v21", tmp_path / "there")

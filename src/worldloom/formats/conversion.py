@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
-from worldloom.core.files import beside, read_json, require_writable, storage_errors, write_json, write_text
+from worldloom.core.files import beside, lines_of, read_json, require_writable, storage_errors, write_json, write_text
 from worldloom.core.progress import SILENT, Progress, ProgressTask
 from worldloom.core.untrusted import refuse_pointer
 from worldloom.data import check_episode
@@ -292,12 +292,10 @@ class _Journal:
         if not self._path.exists():
             return []
         lines = []
-        with storage_errors(self._path):
-            text = self._path.read_text(encoding="utf-8", errors="replace")
-        for line in text.split("\n"):
+        for line in lines_of(self._path):
             try:
                 lines.append(json.loads(line))
-            except json.JSONDecodeError:
+            except ValueError:
                 break
         return lines
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float64, Int64, UInt8
 
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.files import read_json, storage_errors, write_json
+from worldloom.core.files import read_json, read_whole, storage_errors, write_json
 from worldloom.core.registry import nearest
 from worldloom.core.types import Episode
 from worldloom.core.untrusted import try_files
@@ -383,7 +383,7 @@ def _files(path: Path, suffixes: Sequence[str]) -> Mapping[str, Path]:
 def _read_table(file: Path) -> tuple[pa.Table, str]:
     """Return a table, and a description of the separator if it is not a comma."""
     with table_errors(file, "a table"):
-        content = file.read_bytes() if file.suffix.lower() == ".csv" else b""
+        content = read_whole(file) if file.suffix.lower() == ".csv" else b""
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty; expected a table with an action column. Restore or remove the file")
         if file.suffix.lower() == ".parquet":

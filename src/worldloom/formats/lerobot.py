@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Float64, Int64, UInt8
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
-from worldloom.core.files import read_json, storage_errors
+from worldloom.core.files import read_json, read_whole, storage_errors
 from worldloom.core.types import Episode
 from worldloom.core.untrusted import try_files
 from worldloom.data import decode_picture, resize, room_for, to_rgb
@@ -365,8 +365,7 @@ class LeRobotSource(Source):
             content = value.get("bytes")
             if content is None and value.get("path"):
                 file = inside(self.path, str(value["path"]), self.path / INFO)
-                with storage_errors(file):
-                    content = file.read_bytes()
+                content = read_whole(file)
             picture = resize(to_rgb(decode_picture(content, what, values=self._values))[None], self.options.size)[0]
             if out is None:
                 out = room_for(len(rows), picture, where)

@@ -41,6 +41,7 @@ def film(
     b_frames: int = 3,
 ) -> None:
     """A video whose frames stand at these times (default: ten a second)."""
+    path.parent.mkdir(exist_ok=True)
     frames = shades(count if times is None else len(times)) if frames is None else frames
     times = [index / 10 for index in range(len(frames))] if times is None else times
     with av.open(str(path), "w") as container:
@@ -292,6 +293,22 @@ def test_an_action_that_is_not_finite_skips_its_episode(bad: float | None, tmp_p
     assert spec.action.high == (1.0, 1.0)
     log(tmp_path / "a.csv", **{"action.x": [0.0] * 11 + [bad]})  # the last action is not used
     assert len(read_all(tmp_path)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "values"), [("action.x", [np.nan] * 3 + [1.0] * 9), ("observation.x", [1.7e308, -1.7e308] * 6)]
+)
+def test_a_conversion_that_keeps_no_episode_is_an_error(column: str, values: list[float], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        film(tmp_path / "logs" / f"{name}.mp4")
+        log(tmp_path / "logs" / f"{name}.parquet", **{column: values})
+    why = r"none of the 2 episodes can be converted.*a\.parquet is skipped: .* is not finite.*b\.parquet is skipped"
+    with pytest.raises(DataError, match=why):  # and no warning of NumPy
+        convert(tmp_path / "logs", tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+    log(tmp_path / "logs" / "b.parquet", **{column: [1.0] * 12, "label.x": np.arange(12.0)})
+    log(tmp_path / "logs" / "a.parquet", **{column: [1.0] * 12, "label.x": np.arange(12.0)})
+    assert convert(tmp_path / "logs", tmp_path / "ours").episodes == 2
 
 
 def test_what_is_missing_or_empty_is_noted(tmp_path: Path) -> None:

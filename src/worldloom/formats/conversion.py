@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -35,6 +36,7 @@ from worldloom.formats.format import (
 )
 
 _log = logging.getLogger(__name__)
+_REASONS = 5  # groups of notes in the error for a conversion that keeps no episode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +70,7 @@ class ConversionReport:
 
     def groups(self) -> list[NoteGroup]:
         """Return the groups of notes, in the order of their first notes."""
-        groups: dict[tuple[str, str], list[Note]] = {}
-        for note in self.notes:
-            groups.setdefault((note.kind, re.sub(r"-?\d+(\.\d+)?", "#", note.what)), []).append(note)
-        return [NoteGroup(kind=kind, count=len(same), example=same[0].what) for (kind, _), same in groups.items()]
+        return _groups(self.notes)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values, with the notes and their groups."""
@@ -125,8 +124,8 @@ def convert(
     the error in a note, instead of stopping the conversion. A resumed conversion can set `skip_damaged` too.
 
     Raises:
-        DataError: the source is damaged, the target belongs to a different conversion, or the target exists and
-            `resume` is false.
+        DataError: the source is damaged, none of its episodes can be converted (the message gives the reasons), the
+            target belongs to a different conversion, or the target exists and `resume` is false.
         ConfigError: an option or the name of a format is wrong.
         StorageError: the source does not exist, or the disk is full; written episodes are kept.
     """
@@ -157,7 +156,7 @@ def convert(
         if resume and (done := journal.finished()) is not None:
             _log.info("%s is complete", target_path)
             return done
-        opening = list(source.notes)
+        opening, new = list(source.notes), not target_path.exists()
         with writer.create(target_path, source.spec, write, resume=resume) as sink:
             resumed = sink.written
             entries = journal.begin(resumed, indices)
@@ -165,7 +164,13 @@ def convert(
             skip = resumed - sum(entry.episodes for entry in entries)
             with progress.task("convert", len(left), "episodes") as task:
                 entries += _carry(source, sink, left, skip, journal, skip_damaged, task)
-            closing = sink.finish()
+            if kept := any(entry.episodes for entry in entries):
+                closing = sink.finish()
+    if not kept:
+        if new:
+            _remove(target_path)
+            journal.discard()
+        raise _nothing_kept(source_path, entries)
     report = ConversionReport(
         source=str(source_path),
         source_format=reader.name,
@@ -285,6 +290,10 @@ class _Journal:
     def finish(self, report: ConversionReport) -> None:
         """Save the report, and delete the journal."""
         write_json(self._report, {"identity": self._identity, "report": report.to_json()})
+        self.discard()
+
+    def discard(self) -> None:
+        """Delete the journal."""
         self._path.unlink(missing_ok=True)
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -322,6 +331,37 @@ def _indices(episodes: range | None, count: int, path: Path) -> range:
             f"below {count}"
         )
     return episodes
+
+
+def _nothing_kept(source: Path, entries: list[_Entry]) -> DataError:
+    """Return an error that names the reasons why each source episode was left out."""
+    if not entries:
+        return DataError(f"{source} has no episodes to convert; check the path, or select other episodes")
+    groups = _groups([note for entry in entries for note in entry.notes if note.kind in ("skipped", "dropped")])
+    more = [f" (and {group.count - 1} more like this)" if group.count > 1 else "" for group in groups]
+    reasons = "; ".join(
+        f"{group.example.rstrip('.')}{rest}" for group, rest in zip(groups[:_REASONS], more, strict=False)
+    )
+    return DataError(
+        f"{source}: none of the {len(entries)} episodes can be converted, so that no dataset was written. {reasons}. "
+        f"Correct the files, or choose other columns or options"
+    )
+
+
+def _remove(target: Path) -> None:
+    with storage_errors(target):
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+
+def _groups(notes: list[Note]) -> list[NoteGroup]:
+    """Group the notes that differ only in numbers, in the order of their first notes."""
+    groups: dict[tuple[str, str], list[Note]] = {}
+    for note in notes:
+        groups.setdefault((note.kind, re.sub(r"-?\d+(\.\d+)?", "#", note.what)), []).append(note)
+    return [NoteGroup(kind=kind, count=len(same), example=same[0].what) for (kind, _), same in groups.items()]
 
 
 def _unique(notes: list[Note]) -> list[Note]:

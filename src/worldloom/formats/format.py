@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -733,9 +734,14 @@ def add_format(
 
 @contextmanager
 def foreign_errors(path: Path, format: str) -> Iterator[None]:
-    """Convert errors of other types, which damaged or unusual files cause in the code that reads them."""
+    """Convert errors of other types, which damaged or unusual files cause in the code that reads them.
+
+    NumPy's warnings of such values are ignored, because values that are not finite are found and noted later.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
     except (WorldloomError, AssertionError):
         raise
     except Exception as error:

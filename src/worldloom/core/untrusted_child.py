@@ -73,10 +73,15 @@ def lance_table(request: dict[str, Any]) -> None:
     assert table.schema is not None
     known = {file.rpartition("/")[2] for file in request["known"]}
     for fragment in table.get_fragments():
-        names = [file.path for file in fragment.data_files()]
-        if all(name in known for name in names):
+        names, deletions = [file.path for file in fragment.data_files()], fragment.deletion_file()
+        files = [f"data/{name}" for name in names] + (
+            [f"_deletions/{deletions.rpartition('/')[2]}"] if deletions else []
+        )
+        unknown = [file for file in files if file.rpartition("/")[2] not in known]
+        overlays = getattr(fragment.metadata, "overlays", [])  # unknown to older versions of Lance
+        if files and not unknown and not overlays:
             continue
-        say("file", f"{request['table']}/data/{names[0]}" if names else request["table"])
+        say("file", "/".join([request["table"], *unknown[:1]]))
         with suppress(Exception):  # the caller finds out which of its files cannot be read
             size = sum(Path(request["table"], "data", name).stat().st_size for name in names)
             rows = rows_at_a_time(fragment.count_rows(), size)

@@ -693,6 +693,14 @@ def test_a_column_that_is_not_finite_is_named(tmp_path: Path) -> None:
     assert any("skipped: observation.force has a value that is not finite" in note for note in notes)
 
 
+@pytest.mark.timeout(30)
+def test_the_time_for_thousands_of_columns_is_not_quadratic(tmp_path: Path) -> None:
+    columns = {f"action.{number}": np.arange(12.0) for number in range(6000)}
+    log(tmp_path / "run.parquet", **{"action.x": None, "action.y": None, "observation.x": np.arange(12.0), **columns})
+    (episode,), _, _ = read_all(tmp_path, camera="none")
+    assert episode.actions.shape == (11, 6000)
+
+
 def test_of_several_videos_in_a_file_the_first_is_read_and_that_is_said(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "run.mkv"), "w") as container:
         streams: list[Any] = [container.add_stream("libx264", rate=10, options={"crf": "1"}) for _ in range(2)]

@@ -254,7 +254,8 @@ class FolderSource(Source):
         observation = self.choose_vector(observed, numeric)
         labelled = [name for name in names if name == "label" or name.startswith("label.")]
         label = self.choose_labels(sorted(labelled, key=natural), names)
-        left = [name for name in names if name not in {*timestamp, *action, *observation, *label}]
+        used = {*timestamp, *action, *observation, *label}
+        left = [name for name in names if name not in used]
         return _Roles(
             timestamp=timestamp[0] if timestamp else None,
             action=action,
@@ -269,12 +270,12 @@ class FolderSource(Source):
         table, _ = _read_table(file)
         columns = self._roles
         needed = [*columns.action, *columns.observation, *columns.label]
+        there = set(table.column_names)  # once, because a table may have thousands of columns
         for column in [*needed, *([columns.timestamp] if columns.timestamp else [])]:
-            if column not in table.column_names:
-                there = ", ".join(table.column_names)
+            if column not in there:
                 raise DataError(
-                    f"{file} has no column {column!r}, but the first table has this column; got {there}. Use the same "
-                    f"columns in all tables"
+                    f"{file} has no column {column!r}, but the first table has this column; got "
+                    f"{', '.join(table.column_names)}. Use the same columns in all tables"
                 )
         where = str(file)
         for column in sorted(EPISODES.intersection(columns.left, table.column_names)):

@@ -362,8 +362,9 @@ class Source(Closing, ABC):
         return list(default) if named is None else self._existing(named, list(numeric), "numeric column")
 
     def _existing(self, names: Sequence[str], there: Sequence[str], kind: str) -> list[str]:
+        known = set(there)
         for name in names:
-            if name not in there:
+            if name not in known:
                 raise ConfigError(f"{self.path} has no {kind} {name!r}; {nearest(name, there)}")
         return list(names)
 

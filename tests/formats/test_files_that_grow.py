@@ -5,6 +5,7 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import lance
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pytest
 from format_samples import make_store, read_all
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.untrusted import HarmfulFile, try_files
+from worldloom.core.untrusted import HarmfulFile, table_files, try_files
 from worldloom.data import room_for
 from worldloom.formats import WriteOptions, convert, lerobot_layout
 
@@ -47,6 +48,14 @@ def test_a_parquet_file_whose_rows_grow_far_beyond_its_size_is_refused(tmp_path:
     assert path.stat().st_size < 2**16
     with pytest.raises(HarmfulFile, match="600 rows need more than"):
         try_files("parquet", [path])
+
+
+def test_a_lance_table_whose_rows_grow_far_beyond_its_size_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.lance"
+    lance.write_dataset(pa.table({"text": ["x" * 2**19] * 600}), path, data_storage_version="2.1")
+    assert sum(file.stat().st_size for file in table_files(path)) < 2**16
+    with pytest.raises(HarmfulFile, match="600 rows need more than"):
+        try_files("lance", table_files(path), table=path)
 
 
 def test_more_episodes_than_memory_is_for_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

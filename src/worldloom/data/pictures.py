@@ -13,9 +13,7 @@ from worldloom.core.files import storage_errors
 from worldloom.core.picture_layout import PictureOptions, picture_layout
 from worldloom.core.types import Observations
 from worldloom.core.untrusted import try_files
-from worldloom.core.untrusted_child import PICTURE_FORMATS
-
-_MOST_PIXELS = 2**26  # of one picture, before anything is decoded
+from worldloom.core.untrusted_child import MOST_PIXELS, PICTURE_FORMATS
 
 
 def read_picture(
@@ -102,8 +100,8 @@ def room_for(count: int, picture: UInt8[np.ndarray, "H W C"], what: str) -> UInt
 
 def _check_size(image: Image.Image) -> None:
     """Check the size in a picture's header. Pillow's own limit is higher, and below it only warns."""
-    if image.width * image.height > _MOST_PIXELS:
-        raise ValueError(f"it has {image.width}x{image.height} pixels; at most {_MOST_PIXELS:,} are read")
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"it has {image.width}x{image.height} pixels; at most {MOST_PIXELS:,} are read")
 
 
 def _deep(image: Image.Image, what: str, values: tuple[float, float] | None) -> UInt8[np.ndarray, "H W"] | None:

@@ -36,6 +36,7 @@ ROLES = ("action", "choice", "observation", "label", "camera", "timestamp", "uni
 Kind = Literal["dropped", "repaired", "skipped", "guessed", "info"]
 _MOST_CHOICES = 32  # integers up to this number are taken for choices
 _MOST_NAMED_CHOICES = 4096
+_FEW_VALUES = 5  # a column with at most so many different values holds flags or choices
 _LOST = 0.1  # a rounding error above this share of the median change is noted
 Bounds = tuple[Sequence[float], Sequence[float]]  # low and high, with one value per action dimension
 
@@ -472,6 +473,28 @@ class Source(Closing, ABC):
                 )
         return rounded
 
+    def _note_constants(self, name: str, column: Float32[np.ndarray, "N n"], where: str, index: int) -> None:
+        """Add a note about a number, such as -9999 or -1, that may stand for a missing value of a sensor.
+
+        The number is an integer that is farther from all other values than these are from each other. Columns with few
+        different values, such as flags, have no such numbers.
+        """
+        for number, values in enumerate(column.T):
+            distinct, counts = np.unique(values.astype(np.float64), return_counts=True)
+            if len(distinct) <= _FEW_VALUES:
+                continue
+            part = f"[{number}]" if column.shape[1] > 1 else ""
+            for place, others in ((0, distinct[1:]), (-1, distinct[:-1])):
+                value = distinct[place]
+                if value == np.rint(value) and np.abs(value - others).min() > np.ptp(others):
+                    self.note(
+                        "info",
+                        f"{where}: {name}{part} is {value:.10g} in {counts[place]} of {len(values)} rows, far from its "
+                        f"other values ({others[0]:.4g} to {others[-1]:.4g}). If {value:.10g} stands for a missing "
+                        f"value, correct these rows, or leave out the column or the episode.",
+                        index,
+                    )
+
     def encode(self, actions: np.ndarray, where: str) -> np.ndarray:
         """Return actions (n, A) as the spec has them: choices one-hot, and numbers unchanged.
 
@@ -577,6 +600,9 @@ class Source(Closing, ABC):
                 reason = f"{name} has a value that is not finite (missing, NaN or infinite) at step {step}"
                 self.note("skipped", f"{where} is skipped: {reason}.", index)
                 return []
+        for name, column in named.items():
+            if name != "actions":
+                self._note_constants(name, column, where, index)
         frames = None if pixels is None else self.fit(pixels, where)
         try:
             return [

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageMode, ImageOps
 
 from worldloom.core.errors import DataError, WorldloomError
 from worldloom.core.files import storage_errors
@@ -17,15 +17,21 @@ from worldloom.core.untrusted_child import MOST_PIXELS, PICTURE_FORMATS
 
 
 def read_picture(
-    path: Path, expected: tuple[int, int, int], *, values: tuple[float, float] | None = None
+    path: Path,
+    expected: tuple[int, int, int],
+    *,
+    values: tuple[float, float] | None = None,
+    colours: bool = False,
 ) -> Observations:
     """Read a picture file as a batch of one observation of shape `expected` (H, W, C).
 
     If the picture has more than 8 bits, `values` are those that become 0 and 255, for example depths in millimetres.
+    A grey picture gets `expected[2]` equal channels, unless `colours` says that the training pictures had colours.
 
     Raises:
         StorageError: the file does not exist or cannot be read.
-        DataError: the file is not a picture, has a different shape, or has more than 8 bits and `values` is not set.
+        DataError: the file is not a picture, has a different shape, has more than 8 bits and `values` is not set, or is
+            grey although the training pictures had colours.
     """
     try_files("picture", [path])
     try:
@@ -35,6 +41,11 @@ def read_picture(
                 raise DataError(
                     f"{path} has {image.mode} values rather than bytes, and the model was trained on bytes. Convert "
                     f"the picture to 8 bits in the same way as the pictures of the training data"
+                )
+            if colours and ImageMode.getmode(image.mode).basemode == "L":
+                raise DataError(
+                    f"{path} is a grey picture, and the model was trained on pictures with colours. Use a picture with "
+                    f"colours; if all of the picture is grey indeed, save it with three channels (RGB)"
                 )
             _turn_upright(image, str(path))
             deep = _deep(image, str(path), values)
@@ -47,7 +58,9 @@ def read_picture(
     if deep is not None:
         pixels = pixels.repeat(expected[2], axis=3)
     if pixels.shape[1:] != expected:
-        raise DataError(f"{path} has shape {pixels.shape[1:]}; the model expects {expected}. Resize the picture")
+        other_size = pixels.shape[1:3] != expected[:2]
+        remedy = "Resize the picture" if other_size else "A file has 1 or 3 channels; use the goals of a protocol"
+        raise DataError(f"{path} has shape {pixels.shape[1:]}; the model expects {expected}. {remedy}")
     return Observations.from_numpy(pixels, None)
 
 

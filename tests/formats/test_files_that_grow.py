@@ -42,6 +42,19 @@ def test_what_numpy_cannot_allocate_is_the_same_error(monkeypatch: pytest.Monkey
         room_for(5, picture, "log")
 
 
+def test_a_file_for_which_there_is_no_memory_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise pa.ArrowMemoryError("malloc of size 9 failed")
+
+    make_store(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "there", target_format="folder")
+    monkeypatch.setattr(pq, "read_table", full)
+    with pytest.raises(DataError, match=r"there needs more memory than is free \(malloc of size 9 failed\)"):
+        convert(tmp_path / "there", tmp_path / "back")
+
+
 def test_a_parquet_file_whose_rows_grow_far_beyond_its_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"text": ["x" * 2**19] * 600}), path)

@@ -52,6 +52,8 @@ def read_picture(
             pixels = np.array(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8) if deep is None else deep
     except WorldloomError:
         raise
+    except MemoryError:
+        raise DataError(f"{path} needs more memory than is free; resize the picture") from None
     except Exception as error:  # Pillow raises many types for a damaged file
         raise DataError(f"{path} is not a picture: {error}. Use a PNG of {expected[1]}x{expected[0]}") from None
     pixels = pixels.reshape(1, *pixels.shape[:2], -1)

@@ -771,6 +771,11 @@ def foreign_errors(path: Path, format: str) -> Iterator[None]:
             yield
     except (WorldloomError, AssertionError):
         raise
+    except MemoryError as error:
+        raise DataError(
+            f"reading {path} needs more memory than is free ({one_line(error)}). Leave out columns, resize pictures "
+            f"with --size HxW, or split the episodes"
+        ) from error
     except Exception as error:
         raise DataError(
             f"{path} does not follow the layout of the format {format!r}, or is damaged ({type(error).__name__}: "

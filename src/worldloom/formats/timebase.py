@@ -227,7 +227,7 @@ def _clock_error(camera: Float64[np.ndarray, "F"], log: Float64[np.ndarray, "R"]
     late, end = float(log[0] - camera[0]), float(log[-1] - camera[-1])
     log_lasts, camera_lasts = (float(times[-1] - times[0]) for times in (log, camera))
     apart = 2 * period
-    if min(log_lasts, camera_lasts) <= apart:
+    if min(log_lasts, camera_lasts) <= max(apart, abs(late)):  # too short for a comparison, or without an overlap
         return None
     if abs(late) <= apart < abs(end) and 1 / _DRIFT <= log_lasts / camera_lasts <= _DRIFT:
         share = log_lasts / camera_lasts - 1

@@ -696,14 +696,16 @@ def test_a_column_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 def test_a_number_that_stands_for_a_missing_value_is_noted(tmp_path: Path) -> None:
     film(tmp_path / "run.mp4")
-    height, flag = np.linspace(0.2, 0.9, 12), np.repeat([0.0, 1.0], 6)
+    height, flag, level = np.linspace(0.2, 0.9, 12), np.repeat([0.0, 1.0], 6), np.linspace(0.0, 1.0, 12)
+    level[3:5] = -1
     dark, far = np.where(np.arange(12) % 5 == 2, -1, 40 + height), np.where(np.arange(12) == 4, -9999, height)
     arms = pa.FixedSizeListArray.from_arrays(np.stack([height, far], axis=1).ravel(), 2)
-    log(tmp_path / "run.parquet", **{"observation.arms": arms, "observation.dark": dark, "label.height": height})
+    log(tmp_path / "run.parquet", **{"observation.arms": arms, "observation.dark": dark, "label.level": level})
     said = [note for note in read_all(tmp_path)[1] if "stands for a missing value" in note]
     assert [note.split(": ", 2)[2].split(". If")[0] for note in said] == [
         "observation.arms[1] is -9999 in 1 of 12 rows, far from its other values (0.2 to 0.9)",
         "observation.dark is -1 in 2 of 12 rows, far from its other values (40.2 to 40.9)",
+        "label 'level' is -1 in 2 of 12 rows, far from its other values (0 to 1)",
     ]
     log(tmp_path / "run.parquet", **{"observation.height": height, "observation.flag": flag})
     assert not any("stands for a missing value" in note for note in read_all(tmp_path)[1])

@@ -476,8 +476,8 @@ class Source(Closing, ABC):
     def _note_constants(self, name: str, column: Float32[np.ndarray, "N n"], where: str, index: int) -> None:
         """Add a note about a number, such as -9999 or -1, that may stand for a missing value of a sensor.
 
-        The number is an integer that is farther from all other values than these are from each other. Columns with few
-        different values, such as flags, have no such numbers.
+        The number is an integer that is at least as far from all other values as these are from each other. Columns
+        with few different values, such as flags, have no such numbers.
         """
         for number, values in enumerate(column.T):
             distinct, counts = np.unique(values.astype(np.float64), return_counts=True)
@@ -486,7 +486,7 @@ class Source(Closing, ABC):
             part = f"[{number}]" if column.shape[1] > 1 else ""
             for place, others in ((0, distinct[1:]), (-1, distinct[:-1])):
                 value = distinct[place]
-                if value == np.rint(value) and np.abs(value - others).min() > np.ptp(others):
+                if value == np.rint(value) and np.abs(value - others).min() >= np.ptp(others):
                     self.note(
                         "info",
                         f"{where}: {name}{part} is {value:.10g} in {counts[place]} of {len(values)} rows, far from its "

@@ -13,8 +13,17 @@ import pytest
 from data_samples import SPEC, make_episode, same
 
 from worldloom.core.errors import DataError
-from worldloom.data import DataConfig, EpisodeDataset, Frames, contact_sheet, load_cache, stream_frames, validate
-from worldloom.data.layout import compress_frames, digests_of, frame_digests, spec_of
+from worldloom.data import (
+    DataConfig,
+    EpisodeDataset,
+    Frames,
+    contact_sheet,
+    layout,
+    load_cache,
+    stream_frames,
+    validate,
+)
+from worldloom.data.layout import BadFrame, compress_frames, decode_frames, digests_of, frame_digests, spec_of
 
 OLD = Path(__file__).parents[1] / "fixtures" / "formats_v1" / "dataset"
 
@@ -151,3 +160,28 @@ def test_a_dataset_of_version_1_is_read_but_not_appended_to(tmp_path: Path, capl
     copy = EpisodeDataset.create(tmp_path / "copy", dataset.spec)
     copy.append([dataset.episode(index) for index in range(6)])
     assert all(same(copy.episode(index), dataset.episode(index)) for index in range(6))
+
+
+def test_a_frame_is_checked_once_and_again_when_its_compressed_content_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), np.uint8)
+    pixels[:, 2:] = 0  # compresses well
+    frames, digests, checked = compress_frames(pixels), frame_digests(pixels), np.zeros((3, 16), np.uint8)
+    hashed: list[int] = []
+    digest = layout._frame_digest
+
+    def counted(content: Any) -> bytes:
+        hashed.append(len(memoryview(content)))
+        return digest(content)
+
+    monkeypatch.setattr(layout, "_frame_digest", counted)
+    out = np.empty_like(pixels)
+    decode_frames(frames, out, digests, checked)
+    assert hashed.count(pixels[0].size) == 3
+    decode_frames(frames, out, digests, checked)
+    assert hashed.count(pixels[0].size) == 3  # the second time, only the compressed content is hashed
+    np.testing.assert_array_equal(out, pixels)
+    other = pixels.copy()
+    other[1, 0, 0] ^= 1
+    with pytest.raises(BadFrame, match="was changed") as caught:
+        decode_frames(compress_frames(other), out, digests, checked)
+    assert caught.value.index == 1

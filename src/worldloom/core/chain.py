@@ -1,8 +1,8 @@
 """An append-only log in which every entry stores the hash of the previous one, so that changes are detected.
 
 Each line is one entry as canonical JSON (sorted keys, no spaces, ASCII): its `index`, the `time` in seconds since 1970,
-the `previous` hash, the `body`, and the `hash` (SHA-256) of the other four. A chain proves that no entry was changed,
-removed or inserted. Truncation and a complete rewrite are detected only if a `ChainHead` was stored elsewhere.
+the `previous` hash, the `body`, and the `hash` (SHA-256) of the other four. `verify` detects entries that were changed,
+removed or inserted. It detects truncation and a complete rewrite only if a `ChainHead` was stored elsewhere.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ class Verdict:
     """The result of a verification.
 
     Attributes:
-        head: the head of the valid entries.
+        head: the head of the chain up to its last valid entry.
         broken: the index of the first invalid entry; None if all entries are valid.
         why: the reason why that entry is invalid; empty if all entries are valid.
     """
@@ -167,9 +167,9 @@ class Chain(Closing):
         self._release.close()
 
     def _mend_end(self, head: ChainHead) -> ChainHead:
-        """Remove the unfinished last entry of a killed process, after valid entries; return the head.
+        """Remove an unfinished last entry, which a killed process left after valid entries; return the new head.
 
-        `append` did not return for that entry. A complete entry without its newline is kept.
+        Nothing is lost, because `append` had not returned for that entry. If only its newline is missing, it is kept.
 
         Raises:
             DataError: the end of the file is not the beginning of an entry, so the file may not be a chain.
@@ -247,7 +247,7 @@ def entries(path: Path | str, *, progress: Progress = SILENT) -> Iterator[Entry]
 
 
 def verify(path: Path | str, *, kept: ChainHead | None = None, progress: Progress = SILENT) -> Verdict:
-    """Verify every entry of a chain. With a `kept` head, also detect truncation and a complete rewrite.
+    """Verify every entry of a chain. With `kept`, an earlier head, also detect truncation and a complete rewrite.
 
     Raises:
         StorageError: the file does not exist.

@@ -6,7 +6,7 @@ Entered = TypeVar("Entered", bound="Closing")
 
 
 class Closing:
-    """Base class of objects that must be closed. Leaving the `with` block closes them, also after an error."""
+    """Base class of objects that must be closed. Leaving the `with` block closes them, even after an error."""
 
     def close(self) -> None:
         """Release files and other resources; the default does nothing."""

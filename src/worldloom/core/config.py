@@ -139,7 +139,7 @@ def parse_value(text: str) -> Any:
 
 
 class Shape(BaseModel):
-    """The keys that the code needs from a file, with their types (not a tensor shape); a file may have other keys."""
+    """The keys, with types, that the code needs from a file (not a tensor shape). Other keys are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -148,7 +148,7 @@ def check_shape(values: Any, shape: type[T], source: object, error: type[Worldlo
     """Return the values of a file as a `Shape`, or as another type that pydantic can check.
 
     Raises:
-        StorageError: (or `error`) a value is missing or has the wrong type; the message gives its path.
+        StorageError, or the type `error`: a value is missing or has the wrong type; the message gives its path.
     """
     try:
         checked: T = TypeAdapter(shape).validate_python(values)

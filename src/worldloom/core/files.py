@@ -63,7 +63,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def require_writable(*paths: Path | str) -> None:
-    """Check that files or directories can be created at these paths, before the work whose results they will contain.
+    """Check that files or directories can be created at these paths. Call it before long work whose results go there.
 
     Nothing is created: the nearest existing parent of each path is checked. URIs are not checked.
 
@@ -229,9 +229,9 @@ def storage_errors(path: Path | str) -> Iterator[None]:
 def reading(
     path: Path | str, error: type[WorldloomError] = StorageError, remedy: str = "restore the file from a copy"
 ) -> Iterator[None]:
-    """Convert any exception from interpreting the content of a file to one error that names the file.
+    """Convert any exception of the block to an error of the type `error` that names the file.
 
-    Use this where a file was read without an error, but its values may not have the types or sizes that the code
+    Use this around code that interprets a file's content: its values may not have the types or sizes that the code
     expects.
     """
     try:
@@ -262,7 +262,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def beside(path: Path, ending: str) -> Path:
-    """Return the path of a file next to a file or folder, with the name and an ending; `.` and `..` have names too.
+    """Return the path next to `path` with its name plus `ending`; `.` and `..` have the names of their folders.
 
     Raises:
         StorageError: the path is the root folder, which has no name.

@@ -38,7 +38,7 @@ def set_threads(count: int) -> None:
 
 
 def choosable_threads() -> int:
-    """Return the most CPU threads that a job may choose; 0 if `set_threads` set it, or PyTorch uses one."""
+    """Return the largest number of CPU threads that a job may choose; 0 if `set_threads` fixed it, or if it is 1."""
     most: int = torch.get_num_threads()
     return 0 if _fixed or most == 1 else most
 
@@ -56,13 +56,13 @@ def use_threads(count: int) -> Iterator[None]:
 
 
 def time_threads(work: Callable[[], object], *, seconds: float = 1.5) -> dict[int, float]:
-    """Measure `work` with 1, 2, 4, ... CPU threads, up to PyTorch's number; return the mean seconds of one call.
+    """Measure `work` with 1, 2, 4, ... CPU threads, up to PyTorch's number; return each number's mean seconds per call.
 
     The result is empty if there is nothing to choose; see `choosable_threads`.
-    The measurement alternates between the numbers of threads, so that the machine's load affects all of them. It takes
-    about `seconds`, or three rounds if these take longer. A number that needs three times as long as another is
-    dropped. The measurement ends after three rounds if the slowest call with one number was faster than every call with
-    the other numbers.
+    A round calls `work` once with each number of threads, so that the machine's load affects all of them. The
+    measurement takes about `seconds`, or three rounds if these take longer. A number that needs more than three times
+    as long as the fastest is dropped. The measurement ends after three rounds if the slowest call with one number was
+    faster than every call with the other numbers.
     """
     most = choosable_threads()
     if not most:
@@ -97,7 +97,7 @@ def _one_is_fastest(spent: list[list[float]]) -> bool:
 
 
 def fastest_threads(times: dict[int, float]) -> int:
-    """Return the fewest threads that are within 5% of the best of `time_threads`; 0 if nothing was measured."""
+    """Return the fewest threads whose time is within 5% of the shortest in `times`; 0 if `times` is empty."""
     return min((count for count, mean in times.items() if mean <= 1.05 * min(times.values())), default=0)
 
 

@@ -11,11 +11,11 @@ _FLOAT_DIGITS = 1000  # of any other number
 def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
     """Return the value of a JSON text; bytes are decoded as UTF-8.
 
-    If not `strict`, NaN and infinities are accepted, as Python and other libraries write them.
+    If not `strict`, repeated keys are accepted, and so are NaN and infinities, which Python and other libraries write.
 
     Raises:
-        ValueError: the text is not JSON, is nested too deeply, or contains a number that cannot be used. The message
-            gives the line.
+        ValueError: the text is not JSON, is nested too deeply, repeats a key in an object, or contains a number that
+            has too many digits or is not finite. The message gives the line, except for the nesting.
     """
     content = text.decode("utf-8") if isinstance(text, bytes) else text
 

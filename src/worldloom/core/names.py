@@ -30,11 +30,12 @@ def _part(name: str) -> str:
 
 
 PathName = Annotated[str, AfterValidator(_part)]
-"""The type of a field whose value becomes a part of a path: it names an entry of one folder, never another folder."""
+"""The type of a field whose value becomes a part of a path. It names an entry of a folder, and cannot leave the folder.
+"""
 
 
 def path_name(name: str, what: str) -> str:
-    """Return the name of `what` if it can be a part of a path; see `PathName`.
+    """Return `name` if it can be a part of a path; see `PathName`. `what` describes the name in the error.
 
     Raises:
         ConfigError: the name could point into another folder, or is not printable.

@@ -138,7 +138,8 @@ def picture_layout(
 ) -> PictureLayout:
     """Return how pictures with this shape (without a time axis) and dtype are stored. Errors begin with `what`.
 
-    `stated` is the range of values that the source itself states. Errors report the values in `sample`.
+    `stated` is the range of values that the source itself states. `sample` contains some of the pictures: if the range
+    is unknown, the error gives the lowest and highest value of the sample.
 
     Raises:
         DataError: the order of the axes, or the range of values that are not bytes, is unknown or does not fit.

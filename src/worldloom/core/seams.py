@@ -50,7 +50,7 @@ class Objective(ABC):
 
     Attributes:
         goal: the goal latents, for searches that need them; None if the objective has no goal latents.
-        aims: whether the objective defines its own goal and replaces the goal passed to the agent.
+        aims: whether the objective defines its own goal, which replaces the goal passed to the agent.
         staged: whether the objective has several stages, which an environment completes in order.
     """
 
@@ -70,9 +70,9 @@ class Objective(ABC):
         return self
 
     def progress(self, context: Context, done: Int[Tensor, "B"] | None) -> Int[Tensor, "B"] | None:
-        """Return the number of completed stages per environment: `done`, plus 1 if the next stage is reached now.
+        """Return how many stages each environment has completed: `done`, plus those that its state completes now.
 
-        The default, for an objective without stages, returns None.
+        If `done` is None, no stage is completed yet. The default, for an objective without stages, returns None.
         """
         return None
 
@@ -138,12 +138,12 @@ class Agent(ABC):
     """Acts in B environments at once; one environment is a batch of one.
 
     Attributes:
-        narrows: whether `select` can reduce the agent to some environments. Other agents receive all environments of
-            their batch until the last episode ends.
+        narrows: whether `select` can reduce the agent to some environments. If not, the agent receives all environments
+            of its batch until the last episode ends.
         explores: whether `explorer` returns an explorer for the agent.
-        statistics: for each name, one value per plan since the agent was created. Timings come from `plan_seconds`
-            and `plan_environments` (the number of environments of each plan). Without these names, the calls of `act`
-            are timed.
+        statistics: for each name, one value per plan since the agent was created. An evaluation takes its timings from
+            `plan_seconds` and `plan_environments` (the number of environments of each plan). If these names are
+            missing, it times the calls of `act`.
     """
 
     narrows: bool = False
@@ -163,14 +163,18 @@ class Agent(ABC):
         return self.act(observations)
 
     def resume(self, taken: Float[Tensor, "B A"]) -> None:
-        """Receive, after `reset`, the last applied environment actions, which limits on changes of actions need."""
+        """Receive the environment actions that were applied last. Call this after `reset`.
+
+        Limits on the change between consecutive actions need them.
+        """
         return
 
     def limited(
         self, action: Float32[np.ndarray, "A"], taken: Float32[np.ndarray, "A"] | None
     ) -> Float32[np.ndarray, "A"]:
-        """Return the nearest environment action that the agent's guardrails on actions permit after `taken`.
+        """Return the nearest environment action that the agent's guardrails on actions permit.
 
+        `taken` is the action that was applied before, or None if there was none.
         A caller that replaces an action of the agent, for example by a safe action, must pass the replacement through
         this method. The default returns the action unchanged.
         """
@@ -193,7 +197,7 @@ class Agent(ABC):
         return {}
 
     def explorer(self) -> Explorer:
-        """Return an explorer for environments of its own, which fills this agent's memory; see `explores`."""
+        """Return an explorer, which acts in separate environments and fills this agent's memory; see `explores`."""
         raise NotImplementedError(f"{type(self).__name__} does not explore; call 'explorer' only if 'explores' is True")
 
 

@@ -1,4 +1,4 @@
-"""Signatures (Ed25519), which show who signed some content, what for, and that it has not changed since.
+"""Signatures (Ed25519), which prove which key signed some content, as what kind, and that the content is unchanged.
 
 Every signature belongs to a `Domain`, the kind of content that was signed. A signature is valid only in its domain, so
 nobody can pass off a signed picture as a signed data card.

@@ -39,7 +39,7 @@ def markdown(text: str) -> str:
 
 
 def comparable(text: str) -> str:
-    """Return the form in which two texts that look the same compare as equal (Unicode NFKC)."""
+    """Return the Unicode NFKC form of a text, in which different encodings of the same characters are equal."""
     return unicodedata.normalize("NFKC", text)
 
 

@@ -27,7 +27,7 @@ MOST_ACTION_VALUES = 65_536
 
 
 class Batched:
-    """Base class of frozen dataclasses whose tensors share their leading axes; `value[rows]` indexes all of them.
+    """Base class of frozen dataclasses whose tensors share their leading axes; `value[rows]` indexes every tensor.
 
     Tensors are indexed in fields, tuples, mappings and other `Batched` values. Other values, and the fields named in
     `whole`, belong to the whole batch and do not change.
@@ -126,7 +126,10 @@ class ActionSpec:
 
     def __post_init__(self) -> None:
         if self.size > MOST_ACTION_VALUES:
-            raise DataError(f"an action has {self.size:,} values; at most {MOST_ACTION_VALUES:,} are supported")
+            raise DataError(
+                f"an action has {self.size:,} values; at most {MOST_ACTION_VALUES:,} are supported. Use actions with "
+                f"fewer values"
+            )
         with np.errstate(over="ignore"):
             low, high = np.array(self.low, np.float32), np.array(self.high, np.float32)
         if not low.size or low.shape != high.shape or not (np.isfinite([low, high]).all() and (low < high).all()):

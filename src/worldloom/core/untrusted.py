@@ -1,13 +1,14 @@
-"""Files of unknown origin: libraries read them first in a child process, because some files end the process.
+"""Files of unknown origin: a child process reads them first, because a damaged file can crash the process reading it.
 
-Readers in native code can ask for too much memory, abort or crash on a damaged file, which no `except` catches. The
+Libraries in native code can ask for too much memory, abort or crash on a damaged file, which no `except` catches. The
 child (untrusted_child.py) reads each file with limits on memory and time. If the child ends early, `try_files` raises
-an error that names the file. An ordinary error in the child is ignored: the caller meets it again, in its own words.
-The child stays for further files, because importing the libraries takes longer than reading most files.
+an error that names the file. An ordinary exception in the child is ignored: reading the file in this process raises it
+again, and the caller reports it. The child keeps running for further files, because importing the libraries takes
+longer than reading most files.
 
-A file is tried once. Files are known if this process wrote them, or if they were tried before and their size, times
-and inode have not changed. What was tried is remembered across processes: in worldloom/tried in XDG_CACHE_HOME (default
-~/.cache), a folder that you can delete at any time.
+A file is *tried* (read in the child) once. A file is *known*, and not tried, if this process wrote it, or if it was
+tried before and its size, times and inode have not changed. The list of tried files is kept across processes, in
+worldloom/tried in XDG_CACHE_HOME (default ~/.cache), a folder that you can delete at any time.
 """
 
 import atexit
@@ -112,7 +113,7 @@ def table_files(table: Path) -> list[Path]:
 
 
 def written(*files: Path) -> None:
-    """Record files that this process has written; they are not tried."""
+    """Record files that this process has written, so that they are not tried."""
     _remember(_stamps(files))
 
 
@@ -154,7 +155,7 @@ class _Child:
         self._lock = threading.Lock()
 
     def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], int, str]:
-        """Send a request; return what the child said of it, the exit code and the error output."""
+        """Send a request; return the child's messages about it, the exit code and the error output."""
         with self._lock:
             try:
                 if self._process is not None:
@@ -223,7 +224,7 @@ class _Child:
         self._errors.close()
 
     def leave(self) -> None:
-        """Leave the child to the process that has started it, and of which this process is a fork."""
+        """Forget the child, in a fork of the process that started it: the child belongs to that process."""
         self._lock = threading.Lock()
         self._of_other, self._process, self._errors = (self._process, self._errors), None, io.BytesIO()
 
@@ -244,7 +245,7 @@ def _cause(code: int, errors: str, request: dict[str, Any]) -> str:
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, Stamp]:
-    """Return the stamp of each file that exists, by absolute path."""
+    """Return the stamp (size, times and inode) of each file that exists, by absolute path."""
     stamps: dict[str, Stamp] = {}
     for file in files:
         with suppress(OSError):
@@ -268,7 +269,10 @@ def _remember(stamps: dict[str, Stamp]) -> None:
 
 @contextmanager
 def _remembered(root: Path) -> Iterator[Path | None]:
-    """Read what other processes tried below `root`, and lock the list, so that only one process tries its files."""
+    """Lock and read the list of tried files below `root`, and yield its path; yield None without a cache folder.
+
+    The lock ensures that only one process tries these files.
+    """
     import fcntl
 
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "worldloom" / "tried"

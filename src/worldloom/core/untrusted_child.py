@@ -1,4 +1,4 @@
-"""The child process of untrusted.py: reads files with limits, and says before each which one it reads.
+"""The child process of untrusted.py: reads files with limits on memory and time, and names each file beforehand.
 
 It is run as a script and imports nothing of worldloom, because importing PyTorch would take seconds. The process stays
 for further requests, with the libraries that it has imported. Each request is read by a fork of the process.
@@ -30,11 +30,11 @@ _IDLE = 60.0  # seconds without a request after which the process ends
 
 
 class Harmful(Exception):
-    """The file must not be read by the parent; the second argument says what to do, if it is not to restore a copy."""
+    """A file that the parent must not read. The arguments are the reason and, optionally, the remedy."""
 
 
 def say(what: str, told: str | Sequence[int | str] = "") -> None:
-    """Write a line of ASCII to the parent; what a library may have printed before is on a line of its own."""
+    """Write a line of ASCII to the parent, after a line break, because a library may have printed text without one."""
     sys.stdout.write(f"\n{what} {json.dumps(told)}\n")
     sys.stdout.flush()
 
@@ -202,7 +202,7 @@ LIBRARIES = {
 
 
 def guarded(read: Callable[[Any], None], argument: Any) -> None:
-    """Call a reader; only errors that the parent must not meet end the process."""
+    """Call a reader. Ignore ordinary exceptions; report an error that would harm the parent, and end the process."""
     try:
         read(argument)
     except Harmful as error:

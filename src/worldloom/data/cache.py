@@ -26,13 +26,13 @@ _log = logging.getLogger(__name__)
 def load_cache(
     dataset: EpisodeDataset, mode: Mode = "auto", *, directory: Path | None = None, progress: Progress = SILENT
 ) -> Frames:
-    """Decode a dataset into memory ("ram") or into a memory-mapped file ("mmap").
+    """Return all frames of a dataset, decoded into memory ("ram") or into a memory-mapped file ("mmap").
 
     "auto" uses memory if the frames need less than a quarter of the available memory and torchrun runs no other
     process on this machine. The memory-mapped file is in `directory` (default: PATH.cache beside the
-    dataset) and is named after the dataset's fingerprint. Later calls reuse the file, if it contains the frames of the
-    dataset; you can delete it at any time. If another program changes or truncates the file while it is in use, the
-    next read of frames raises `DataError`.
+    dataset) and is named after the dataset's fingerprint. Later calls reuse the file if it contains the frames of the
+    dataset. You can delete the file at any time. If another program changes or truncates the file while it is in use,
+    the next read of frames raises `DataError`.
 
     Raises:
         DataError: a file of the dataset is missing, truncated or changed, or does not decode.

@@ -1,4 +1,4 @@
-"""A bounded cache of decoded chunks on the local disk, shared by processes."""
+"""A bounded cache of chunks (runs of consecutive decoded frames) on the local disk, shared by processes."""
 
 import hashlib
 import logging
@@ -27,7 +27,7 @@ _TOUCH_SECONDS = 60.0  # resolution of the time of last use
 class ChunkCache:
     """A cache of one dataset's chunks in `directory`/`name`; all datasets in `directory` share `budget` bytes.
 
-    Files are written atomically and checked when a process first opens them; a damaged file is deleted, and
+    Files are written atomically, and a process checks each file when it first opens it. A damaged file is deleted, and
     its chunk is fetched again. The least recently used chunks of all datasets are deleted first. Several processes can
     share the directory, and you can delete it at any time.
 
@@ -115,7 +115,7 @@ class ChunkCache:
                 temporary.unlink(missing_ok=True)
 
     def evict(self, room: int = 0) -> None:
-        """Delete the least recently used chunks until `room` more bytes fit; delete files left by killed processes."""
+        """Delete the least recently used chunks until `room` more bytes fit, and files that killed processes left."""
         with exclusive_lock(self.directory / ".lock", None):
             found, total = [], room
             for file in self.directory.glob("*/*"):

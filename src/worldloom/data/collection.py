@@ -60,9 +60,9 @@ def collect(
     """Collect episodes of at most `steps` steps until the dataset has `episodes` episodes.
 
     An existing dataset with fewer episodes is completed. A dataset with more is returned unchanged, with a warning.
-    `labels` are the info columns to keep; None keeps every numeric column of at most 256 values that is present in all
-    frames, and warns about those that are missing in some. `pictures` says how pictures are stored, if this is not
-    clear from the observation space. Each batch of `num_envs` episodes is one commit.
+    `labels` names the entries of the environment's infos to keep; None keeps every numeric entry of at most 256 values
+    that is present in all frames, and warns about those that some frames lack. `pictures` says how pictures are stored,
+    if this is not clear from the observation space. Each batch of `num_envs` episodes is one commit.
 
     Raises:
         ConfigError: `episodes`, `steps` or `num_envs` is below 1, or `policy` is unknown.
@@ -164,7 +164,7 @@ def _commit(
     episodes: list[Episode],
     storage_options: dict[str, str] | None,
 ) -> EpisodeDataset:
-    """Wait for the commit `before`, then append. An error of `before` is raised, so that no episodes are missing."""
+    """Wait for the commit `before`, then append. If `before` failed, raise its error, so that no episode is missing."""
     dataset = before.result() if isinstance(before, Future) else before
     if dataset is None:
         dataset = EpisodeDataset.create(path, spec, storage_options=storage_options)

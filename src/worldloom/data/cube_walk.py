@@ -18,7 +18,10 @@ _ABOVE = 0.1  # m; height at which the fingers clear the block
 
 @dataclass(frozen=True, kw_only=True)
 class _Bout:
-    """A target for a random number of steps; `place` is relative to the block unless `free` is set."""
+    """A target of the arm for a random number of steps; `place` (x, y) is relative to the block unless `free` is set.
+
+    `turn` and `grip` are the actions for the yaw and the gripper.
+    """
 
     place: Float64[np.ndarray, "2"]
     height: float
@@ -62,7 +65,9 @@ class CubeWalkOptions(Config):
 
 @register_policy("cube-walk", CubeWalkOptions)
 class CubeWalk:
-    """A policy that moves an arm in bouts of random length: near the block, to grasp the block, or to a random place.
+    """A policy that moves an arm in bouts of random length. A bout has one target: near the block, on it, or random.
+
+    A bout with a target on the block grasps the block.
 
     The policy has no goal for the block. It reads only the positions of the effector and the block in the observation
     vector. The action is (x, y, z, yaw, closing of the gripper).

@@ -51,7 +51,7 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Checked:
-    """All columns but the pixels, checked; `digests` are those of the episodes, and `frames` those of the frames."""
+    """All columns except pixels, checked. `digests` contains a digest per episode, and `frames` a digest per frame."""
 
     columns: Columns
     metadata: list[str]
@@ -65,8 +65,8 @@ class EpisodeDataset:
     Opening pins a version; reopen the dataset to read what other processes append later. An append is one atomic commit
     of complete episodes, so a killed process never leaves a partial episode.
 
-    All content that is read is checked against the digests that were stored with the episodes; content that was changed
-    since then raises `DataError`.
+    All content that is read is checked against the digests that were stored with the episodes. Content that was changed
+    after it was written raises `DataError`.
 
     `timeout` is the limit for each request to remote storage, in seconds. Opening and appending repeat requests that
     timed out for up to `retry_seconds`.
@@ -151,6 +151,7 @@ class EpisodeDataset:
             )
         self._table, self.starts, self.lengths = table, starts, counts - 1
         self._contents: _Checked | None = None
+        self._decoded: UInt8[np.ndarray, "N 16"] | None = None  # digests of compressed frames that were checked
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -207,7 +208,7 @@ class EpisodeDataset:
             )
 
     def _checked(self) -> _Checked:
-        """Read everything but the pixels, once, and check it.
+        """Read and check all columns except pixels on the first call, and return them.
 
         Raises:
             DataError: an episode was changed after it was written.
@@ -233,7 +234,7 @@ class EpisodeDataset:
 
     @property
     def _episodes_only(self) -> bool:
-        """Whether only whole episodes can be checked."""
+        """Whether only whole episodes can be checked, because the dataset has no digests of frames."""
         return self.format_version == 1 and self.spec.observation.pixels is not None
 
     def _digest_frames(self) -> UInt8[np.ndarray, "N 16"]:
@@ -287,7 +288,7 @@ class EpisodeDataset:
         _log.debug("appended %d episodes to %s as version %d", len(batches), self._location, self.version)
 
     def _write(self, batches: list[pa.RecordBatch], timeout: float) -> list[Any]:
-        """Write data files without adding them to the dataset."""
+        """Write data files without adding them to the dataset, and return their Lance fragments."""
         import lance
 
         def write() -> Any:
@@ -301,7 +302,7 @@ class EpisodeDataset:
         return added
 
     def _commit(self, added: list[Any]) -> Any:
-        """Add the written files to the dataset, and return the new table. If no answer arrived, call this again."""
+        """Add the written files to the dataset, and return the new table. If storage does not answer, call it again."""
         import lance
         from lance.commit import CommitConflictError
 
@@ -344,8 +345,8 @@ class EpisodeDataset:
     def fingerprint(self) -> str:
         """Return a digest of all observations, actions, labels and metadata, in order.
 
-        The digest does not depend on how episodes were grouped into commits. It combines the digests that were stored
-        with the episodes. Reading checks the content against these; `verify` reads and checks everything.
+        The digest does not depend on how episodes were grouped into commits. It is computed from the stored digests of
+        the episodes, without reading their content. `verify` reads all content and checks it against these digests.
         """
         spec = json.loads(self.spec.to_json())
         digest = hashlib.blake2b(digest_size=16)
@@ -386,7 +387,11 @@ class EpisodeDataset:
         unique, inverse = np.unique(rows, return_inverse=True)
         out = layout.empty_frames(len(unique), self._shape(), self._location)
         column = self._take(unique, ["pixels"])["pixels"].combine_chunks()
-        _decode(column, out, unique, self._location, self._frame_digests()[unique])
+        if self._decoded is None:
+            self._decoded = np.zeros((self.frames, layout.FRAME_DIGEST), np.uint8)
+        checked = self._decoded[unique]
+        _decode(column, out, unique, self._location, self._frame_digests()[unique], checked)
+        self._decoded[unique] = checked
         return out if len(unique) == len(rows) and np.array_equal(unique, rows) else out[inverse]
 
     def scan_pixels(
@@ -428,7 +433,7 @@ class EpisodeDataset:
         return sum(file.file_size_bytes or 0 for file in files)
 
     def check_frames(self, pixels: UInt8[np.ndarray, "N H W C"], *, progress: Progress = SILENT) -> None:
-        """Raise `DataError` unless these are the decoded frames of the dataset, for example from a cache."""
+        """Raise `DataError` unless `pixels`, for example from a cache, are the decoded frames of the dataset."""
         digests = self._frame_digests()
         with progress.task("check", len(pixels), "frames") as task:
             for first in range(0, len(pixels), 1024):
@@ -510,7 +515,7 @@ def open_table(
 
 
 def table_written(path: str | Path) -> None:
-    """Record that this process wrote to the Lance table at `path`; `open_table` then knows the table's files."""
+    """Record that this process wrote to the Lance table at `path`, so that `open_table` trusts its new files."""
     if (local := _local(path)) is not None:
         written_table(local)
 
@@ -536,9 +541,10 @@ def _decode(
     rows: Int[np.ndarray, "n"],
     path: str,
     digests: UInt8[np.ndarray, "n 16"] | None,
+    checked: UInt8[np.ndarray, "n 16"] | None = None,
 ) -> None:
     try:
-        layout.decode_frames(frames, out, digests)
+        layout.decode_frames(frames, out, digests, checked)
     except layout.BadFrame as error:
         raise DataError(
             f"{path}: the frame in row {rows[error.index]} {error.reason}. Restore the dataset from a copy; 'worldloom "

@@ -1,4 +1,4 @@
-"""The interfaces through which training reads the frames of a dataset, decoded in advance or streamed."""
+"""The interfaces through which training reads the frames of a dataset, whether decoded in advance or streamed."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -30,7 +30,7 @@ class Pixels(Protocol):
 
 @runtime_checkable
 class ReadsAhead(Pixels, Protocol):
-    """Pixels that can prefetch frames, and stop reading in the background."""
+    """Pixels that can prefetch frames in the background; `close` stops this."""
 
     def expect(self, spans: Int64[np.ndarray, "S 2"]) -> None:
         """Prefetch these spans of rows (first and last row of each), in this order."""
@@ -43,7 +43,7 @@ class ReadsAhead(Pixels, Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Frames(Closing):
-    """All frames of a dataset: N frames of E episodes, one after the other. `close` stops reading in the background.
+    """All frames of a dataset: N frames of E episodes, one after the other. `close` stops any background prefetching.
 
     For each episode, `starts` contains the row of the first frame, and `lengths` the number of actions (one fewer than
     frames). `pixels` are decoded in memory, mapped from a file, or read from storage on demand. The action in the last

@@ -13,7 +13,7 @@ _VERSIONS = 3  # number of latest versions in the summary
 
 
 def inspect(dataset: EpisodeDataset, *, progress: Progress = SILENT) -> dict[str, Any]:
-    """Return a summary as JSON values: sizes, specifications, ranges, the share of moving frames and versions.
+    """Return a summary as JSON values: sizes, specifications, ranges of values, versions and `moving_share`.
 
     `moving_share` is the share of steps that change the observation, among at most 2,048 evenly spaced steps.
     """

@@ -1,4 +1,4 @@
-"""A logging policy for a hand in the plane: random moves near an object, which it finds by its colour."""
+"""A logging policy for a hand in the plane: random moves near an object. Both are found in the pixels by colour."""
 
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
@@ -15,8 +15,8 @@ Colour = tuple[int, int, int]
 class ObjectWalkOptions(Config):
     """Options of the policy "near-object". The defaults are for PushT.
 
-    `radius` is a share of the frame's side length. `gain` is the action for a distance of one side length, before the
-    action is clipped to the bounds.
+    `hand` and `object` are RGB colours. `radius` is a share of the frame's side length. `gain` is the action for a
+    distance of one side length, in multiples of the largest action, before the action is clipped to the bounds.
     """
 
     hand: Colour = (65, 105, 225)

@@ -14,11 +14,12 @@ _PARTS = 16  # segments in the pool, and turns that a segment stays in it
 class SlidingPool:
     """An endless random order of windows, in which windows sampled close in time are close in storage.
 
-    Windows are split into segments of neighbours; the order of the segments changes with each pass. The pool contains
-    16 segments, about `pool` windows; at every turn, one segment enters the pool and one leaves it. In each of its 16
-    turns, a segment contributes a sixteenth of its windows, sampled without replacement; the windows of a turn are
-    shuffled. Each window therefore appears at most once per pass. If the windows cannot be split into equal segments,
-    each pass leaves out a different remainder. Every draw is uniform over windows.
+    Windows are split into segments of consecutive windows; the order of the segments changes with each pass. The pool
+    contains 16 segments, about `pool` windows. The order consists of turns: at every turn, one segment enters the pool
+    and one leaves it, so a segment stays for 16 turns. In each of them, it contributes a sixteenth of its windows,
+    sampled without replacement; the windows of a turn are shuffled. Each window therefore appears at most once per
+    pass. If the windows cannot be split into equal segments, each pass leaves out a different remainder. Every draw is
+    uniform over windows.
 
     The order has no state: it depends only on `seed` and the position.
 

@@ -25,7 +25,7 @@ def read_picture(
 ) -> Observations:
     """Read a picture file as a batch of one observation of shape `expected` (H, W, C).
 
-    If the picture has more than 8 bits, `values` are those that become 0 and 255, for example depths in millimetres.
+    If the picture has more than 8 bits, `values` are the two values that become 0 and 255, for example depths in mm.
     A grey picture gets `expected[2]` equal channels, unless `colours` says that the training pictures had colours.
 
     Raises:
@@ -71,7 +71,8 @@ def decode_picture(
 ) -> UInt8[np.ndarray, "H W C"]:
     """Decode a PNG, JPEG, TIFF, WebP, BMP, GIF or PPM picture; C is 1 for a grey picture, else 3.
 
-    If the picture has more than 8 bits, `values` are those that become 0 and 255. Error messages begin with `what`.
+    If the picture has more than 8 bits, `values` are the two values that become 0 and 255. Error messages begin with
+    `what`.
 
     Raises:
         DataError: the content is not a picture, has more than 8 bits and no `values` are set, has 8 bits and `values`
@@ -95,10 +96,10 @@ def decode_picture(
 
 
 def room_for(count: int, picture: UInt8[np.ndarray, "H W C"], what: str) -> UInt8[np.ndarray, "count H W C"]:
-    """Return an array for this number of pictures like `picture`. Error messages begin with `what`.
+    """Return an uninitialised array for `count` pictures of the shape of `picture`. Error messages begin with `what`.
 
     Raises:
-        DataError: there is not enough memory; files of some kilobytes can ask for any number of gigabytes.
+        DataError: there is not enough memory; even a small file can claim pictures of many gigabytes.
     """
     size = count * picture.nbytes
     try:
@@ -114,7 +115,7 @@ def room_for(count: int, picture: UInt8[np.ndarray, "H W C"], what: str) -> UInt
 
 
 def _check_size(image: Image.Image) -> None:
-    """Check the size in a picture's header. Pillow's own limit is higher, and below it only warns."""
+    """Raise `ValueError` if the header states too many pixels; Pillow's own limit is higher."""
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"it has {image.width}x{image.height} pixels; at most {MOST_PIXELS:,} are read")
 
@@ -134,7 +135,7 @@ def _deep(image: Image.Image, what: str, values: tuple[float, float] | None) -> 
 
 
 def _turn_upright(image: Image.Image, what: str) -> None:
-    """Turn and mirror a picture as its EXIF orientation requires, which photos of phones have.
+    """Turn and mirror a picture as its EXIF orientation requires. Photos of phones have such an orientation.
 
     Raises:
         DataError: a coloured picture has more than 8 bits.

@@ -75,7 +75,7 @@ class RecordingBatch:
             ) from error
 
     def episodes(self, seeds: list[int], policy: str, truncated_by: str | None = None) -> list[Episode]:
-        """Return the recorded episodes with at least two frames; unfinished episodes get `truncated_by`."""
+        """Return the recorded episodes with at least two frames; the metadata of unfinished ones get `truncated_by`."""
         found = []
         for row, number in enumerate(self._numbers):
             frames = int(self._frames[row])

@@ -13,7 +13,7 @@ from worldloom.core.types import ActionSpec, ObservationSpec
 class DatasetSpec:
     """The specification of a dataset: observations, actions, label sizes, and the origin of the episodes.
 
-    `environment` contains JSON values; `collect` stores the arguments in it that determine the episodes.
+    `environment` contains JSON values. In it, `collect` stores those of its arguments that determine the episodes.
     """
 
     observation: ObservationSpec

@@ -30,8 +30,9 @@ class DataConfig(Config):
 
     `mode`: "cache" decodes everything before training, "stream" reads during training, and "auto" streams only remote
     datasets. `cache_dir` (default: worldloom/chunks in XDG_CACHE_HOME or ~/.cache) is shared by processes and datasets,
-    and contains at most `cache_gib` of chunks. With `cache_gib=0` there is no disk cache; at most `memory_mib` of
-    chunks is kept in memory. A chunk is `chunk_mib` of decoded frames. Failed reads are retried for `retry_seconds`.
+    and contains at most `cache_gib` of chunks. With `cache_gib=0` there is no disk cache, and up to `memory_mib` of
+    chunks is kept in memory instead. A chunk is `chunk_mib` of consecutive decoded frames. Failed reads are retried for
+    `retry_seconds`.
     """
 
     mode: Literal["auto", "cache", "stream"] = "auto"
@@ -149,7 +150,7 @@ class StreamedPixels:
         return (out if same else out[inverse.reshape(-1)]).reshape(*wanted.shape, *self.shape[1:])
 
     def expect(self, spans: Int64[np.ndarray, "S 2"]) -> None:
-        """Prefetch the chunks with these spans of rows (first and last row of each); cancel earlier requests.
+        """Prefetch the chunks with these spans of rows (first and last row of each); cancel earlier prefetching.
 
         Chunks that do not fit into the cache are left out, with a warning.
         """
@@ -200,12 +201,12 @@ class StreamedPixels:
             return None
 
     def _fit(self) -> int:
-        """Return the number of chunks that fit; eviction on disk may leave an eighth of the budget empty."""
+        """Return the number of chunks that fit into the cache; eviction on disk may leave an eighth of it empty."""
         disk = self._disk
         return self._held if disk is None else int(disk.budget * 7 / 8) // (self._length * self._size)
 
     def _ranks_apart(self, chunks: list[int]) -> list[int]:
-        """Rotate the chunks by the local rank, because the ranks of this machine share the cache."""
+        """Rotate the chunks by the local rank, so that ranks that share the cache begin with different chunks."""
         ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         first = len(chunks) * (int(os.environ.get("LOCAL_RANK", "0")) % ranks) // ranks
         return chunks[first:] + chunks[:first]

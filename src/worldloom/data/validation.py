@@ -1,4 +1,4 @@
-"""Validation of datasets, which finds every problem."""
+"""Validation of datasets: a list of all problems, not only the first one."""
 
 import json
 from collections.abc import Iterator

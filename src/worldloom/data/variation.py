@@ -1,4 +1,4 @@
-"""Checks before training: data in which nothing moves, all actions are equal, or a value is absurd, are of no use."""
+"""Checks before training for useless data: nothing moves, all actions are equal, or a value is absurd."""
 
 import numpy as np
 from jaxtyping import Int
@@ -53,7 +53,7 @@ def require_variation(
 
 
 def require_plausible(frames: Frames, statistics: Statistics) -> None:
-    """Check that no value of the vector, in any episode, is so far from the others that a model would not be finite.
+    """Check that no value of the vector, in any episode, is so extreme that a model's numbers would not stay finite.
 
     Raises:
         DataError: a value is beyond 1e18, or more than a billion standard deviations from the mean in `statistics`.

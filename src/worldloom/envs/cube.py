@@ -97,7 +97,7 @@ _TEMPLATES = threading.local()  # one per thread, because the inverse kinematics
 
 
 def _load(*, draws: bool) -> Any:
-    """Return OGBench's environment with its own state. All environments in a thread share the compiled model.
+    """Return an OGBench environment with a state of its own. All environments in a thread share the compiled model.
 
     Compilation takes a second, so separate models for a hundred environments would take minutes.
     """

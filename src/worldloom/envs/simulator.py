@@ -1,6 +1,6 @@
 """The simulator of the pixel environments: motion, collisions and rendering of a batch, in NumPy.
 
-An environment gives the same results, bit for bit, whatever the other environments of the batch are.
+The results of an environment do not depend, in any bit, on the other environments of the batch.
 """
 
 from dataclasses import replace
@@ -45,7 +45,7 @@ class Simulator:
         self._others[row] = (centres, velocity, np.array(factors.distractor_colour, np.float32))
 
     def furnish(self, row: int, factors: RoomFactors) -> None:
-        """Change the factors of environment `row`; everything that moves keeps its position."""
+        """Change the factors of environment `row`; agent, distractors and pits keep their positions."""
         walls = factors.walls()
         if len(walls) > self._walls.shape[1]:
             grown = np.full((self.batch, len(walls), 4), -np.inf)

@@ -110,7 +110,10 @@ class ActionAdapter:
         self._space = space
         if isinstance(space, spaces.Discrete):
             if space.n > MOST_ACTION_VALUES:
-                raise EnvironmentFailure(f"the action space is {space}; at most {MOST_ACTION_VALUES:,} choices fit")
+                raise EnvironmentFailure(
+                    f"the action space is {space}; at most {MOST_ACTION_VALUES:,} choices are supported. Offer fewer "
+                    f"choices with a gymnasium.ActionWrapper"
+                )
             self.spec = ActionSpec(low=(0.0,) * int(space.n), high=(1.0,) * int(space.n), discrete=True)
         elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype or np.float32, np.floating):
             low, high = (tuple(float(x) for x in bound.reshape(-1)) for bound in (space.low, space.high))

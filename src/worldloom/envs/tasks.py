@@ -50,7 +50,8 @@ class Task:
 def draw_task(factors: RoomFactors, options: TaskOptions, rng: np.random.Generator) -> Task:
     """Sample a goal uniformly in free space, then a start uniformly among the starts that satisfy the options.
 
-    Starts are at the centre of a pixel or, without limits on steps, anywhere in the pixel.
+    Starts are at the centre of a pixel or, without limits on steps, anywhere in the pixel. `in_a_pit` samples the goal
+    or the start in a pit instead.
 
     Raises:
         ConfigError: no sampled goal has a start that satisfies the options, or `in_a_pit` is set without pits.
@@ -130,12 +131,13 @@ def draw_in_a_pit(factors: RoomFactors, rng: np.random.Generator) -> Float64[np.
 
 
 def steps_from(factors: RoomFactors, goal: Float64[np.ndarray, "2"]) -> Float64[np.ndarray, "P"]:
-    """Return the minimum number of steps from the centre of each pixel to the goal; infinite without a path.
+    """Return the steps that the shortest path takes from the centre of each pixel to the goal; infinite without a path.
 
-    This is a breadth-first search over pixels and their eight neighbours; both corners of a diagonal move must be free.
+    A breadth-first search over pixels and their eight neighbours finds the paths. A diagonal move is possible only if
+    both pixels beside it are free.
     The agent moves at full speed along each axis independently, so a diagonal move costs as much as a straight one. The
-    number of steps is the path length divided by the speed, exact to within a pixel at either end. This number is a
-    reference, not a lower bound: a step that cuts the corner of a wall can make the best run about one step shorter.
+    number of steps is the path length divided by the speed, exact to within a pixel at either end. An agent can need
+    about one step less, because a step can cut the corner of a wall.
     """
     open_ = free(factors, _GRID)
     joined = _joined(open_)

@@ -55,7 +55,7 @@ class Frame:
         return value
 
     def numbers(self, name: str, who: str) -> np.ndarray:
-        """Return a numeric info as float64 (R, L). Errors report `who`, the part of the protocol that uses the name.
+        """Return a numeric info as float64 (R, L). Errors name `who`, the part of the protocol that uses the info.
 
         Raises:
             ConfigError: no numeric info has this name.
@@ -99,9 +99,10 @@ class Frame:
 class VectorWorld(Closing):
     """`size` parallel environments with a registered id. Close the object, or use it in a `with` statement.
 
-    Environments whose episode has ended continue in the background in every autoreset mode. The last frame of an
-    episode is never replaced by the first frame of the next episode. `native` uses the environment's own vectorised
-    form if it exists. `pictures` says how pictures are stored, if this is not clear from the observation space.
+    In every autoreset mode, an environment whose episode has ended is still stepped together with the others; leave it
+    out of `rows` to ignore it. The last frame of an episode is never replaced by the first frame of the next episode.
+    `native` uses the environment's own vectorised form if it exists. `pictures` says how pictures are stored, if this
+    is not clear from the observation space.
 
     Raises:
         EnvironmentFailure: the environment cannot be created, or its spaces are not supported.
@@ -294,7 +295,7 @@ class VectorWorld(Closing):
 
 
 class _CopyFailure(Exception):
-    """Raised when one of the environments raises. The argument is the environment's row; the cause is the error."""
+    """One of the environments raised an error. The argument is the environment's row; the cause is the error."""
 
 
 class _Copy(gymnasium.Wrapper[Any, Any, Any, Any]):

@@ -1,4 +1,4 @@
-"""Dataset formats of other projects, one module each; `convert` converts episodes between them.
+"""The dataset formats that worldloom reads and writes; `convert` converts episodes between any two of them.
 
 Optional packages that a format needs (such as h5py) are imported on first use.
 """

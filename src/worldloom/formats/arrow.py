@@ -42,7 +42,7 @@ def is_binary(kind: pa.DataType) -> bool:
 
 
 def numbers(column: pa.ChunkedArray, name: str, where: str) -> Float64[np.ndarray, "R n"]:
-    """Return a column of numbers, or of lists of the same length, as (R, n); missing values become NaN.
+    """Return a column of numbers, or of number lists of one length, as an array (R, n); missing values become NaN.
 
     Raises:
         DataError: the column contains something else, or lists of different lengths.
@@ -74,7 +74,7 @@ def numbers(column: pa.ChunkedArray, name: str, where: str) -> Float64[np.ndarra
 
 
 def _example(values: pa.Array) -> str:
-    """Return the first text that is not a number as part of an error message; empty if there is none."""
+    """Return the end of an error message, with the first text that is not a number; empty if there is no such text."""
     texts = (value for value in values.slice(0, 1000).to_pylist() if isinstance(value, str))
     odd = next((text for text in texts if not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", text)), None)
     return "" if odd is None else f", for example {odd[:40]!r}"

@@ -1,10 +1,10 @@
 """Conversion of datasets between formats: streaming, resumable, and with a report of what was not converted.
 
 At every moment the target contains the first n episodes of the conversion. Reading is deterministic, so a resumed
-conversion needs to know only n. The journal beside the target (PATH.convert.jsonl) records how many target episodes a
-source episode yields *before* they are written. A resumed conversion therefore starts at the right source episode and
-skips only episodes that the target already contains. After a kill, the journal may be behind or ahead of the target; in
-both cases no episode is lost or repeated.
+conversion needs only n to find the missing episodes. *Before* the target episodes of a source episode are written, the
+journal beside the target (PATH.convert.jsonl) records how many they are. A resumed conversion therefore starts at the
+right source episode and skips only episodes that the target already contains. If the process is killed, the journal may
+be behind or ahead of the target; in both cases no episode is lost or repeated.
 """
 
 import json
@@ -50,7 +50,7 @@ class NoteGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """The result of a conversion: totals over all its runs, and notes about everything that was not converted.
+    """The result of a conversion: totals over all runs that it took, and notes about everything that was not converted.
 
     `bytes` is the size of the decoded arrays; `resumed` is the number of episodes that earlier runs wrote; `seconds`
     is the duration of the last run.
@@ -119,9 +119,10 @@ def convert(
     """Convert a dataset, one source episode at a time; a second call resumes an interrupted conversion.
 
     The source format is detected unless `source_format` is set; the default target format is worldloom's own dataset.
-    `episodes` selects source episodes. The report is saved beside the target as PATH.conversion.json; a call for a
-    complete conversion returns that report. With `skip_damaged`, source episodes that cannot be read are left out, with
-    the error in a note, instead of stopping the conversion. A resumed conversion can set `skip_damaged` too.
+    `episodes` selects source episodes. The report is saved beside the target as PATH.conversion.json; if the conversion
+    is already complete, the saved report is returned. With `skip_damaged`, source episodes that cannot be read are left
+    out, with the error in a note, instead of stopping the conversion. A resumed conversion can set `skip_damaged` even
+    if the first run did not.
 
     Raises:
         DataError: the source is damaged, none of its episodes can be converted (the message gives the reasons), the
@@ -202,7 +203,10 @@ class _Entry:
 def _carry(
     source: Source, sink: Sink, indices: range, skip: int, journal: "_Journal", skip_damaged: bool, task: ProgressTask
 ) -> Iterator[_Entry]:
-    """Convert source episodes, except the first `skip` target episodes, which the target already contains."""
+    """Convert the source episodes `indices`, and yield a journal entry for each.
+
+    The first `skip` episodes that they yield are not written, because the target already contains them.
+    """
     frames = 0
     for index in indices:
         entry = _carry_one(source, sink, index, skip, journal, skip_damaged)
@@ -260,7 +264,7 @@ class _Journal:
     def begin(self, written: int, indices: range) -> list[_Entry]:
         """Return the lines of the source episodes that are complete in the target, which has `written` episodes.
 
-        Later lines are dropped, because their source episodes will be read again.
+        Later lines are removed from the file, because their source episodes will be read again.
         """
         lines = self._lines()
         kept: list[_Entry] = []

@@ -65,7 +65,7 @@ _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 @dataclass(frozen=True, kw_only=True)
 class _Roles:
-    """The names of the columns for each role, in order; `left` are the unused columns."""
+    """The names of the columns for each role, in order; `left` contains the unused columns."""
 
     timestamp: str | None
     action: list[str]
@@ -231,7 +231,7 @@ class FolderSource(Source):
         return times, camera
 
     def _check_unit(self, times: Float64[np.ndarray, "R"], seconds: float, where: str, what: str) -> None:
-        """Raise `DataError` if times without a stated unit do not seem to be seconds, compared with `what`."""
+        """Raise `DataError` if times without a stated unit seem not to be seconds; `what` lasts `seconds` s."""
         span = float(np.ptp(times)) if len(times) and np.isfinite(times).all() else 0.0
         if not self._unit_known and (unit := unit_of(span, seconds)) is not None:
             raise DataError(
@@ -265,7 +265,7 @@ class FolderSource(Source):
         )
 
     def _parse(self, name: str, index: int | None = None) -> Log:
-        """Return a table; `index` is the episode's index in notes about the table."""
+        """Read a table as a `Log`; `index` is the episode's index in notes about the table."""
         file = self._tables[name]
         table, _ = _read_table(file)
         columns = self._roles
@@ -324,7 +324,7 @@ class FolderSource(Source):
 
 
 class FolderSink(Sink):
-    """A sink that writes `000000.mp4` (lossless: .mkv) and `000000.parquet` per episode, and last `worldloom.json`."""
+    """A sink that writes `000000.mp4` (lossless: .mkv) and `000000.parquet` per episode, then `worldloom.json`."""
 
     layout = "a folder of videos"
     encoded, lossy_codec = True, LOSSY_CODEC
@@ -413,7 +413,7 @@ def _read_table(file: Path) -> tuple[pa.Table, str]:
 
 
 def _check_names(names: Sequence[str], file: Path) -> None:
-    """Raise `DataError` if a name stands twice, or if all names are numbers, as in a table without a header."""
+    """Raise `DataError` if a name appears twice, or if all names are numbers, as in a table without a header."""
     if len(twice := [name for name, count in Counter(names).items() if count > 1]):
         raise DataError(f"{file} has several columns named {', '.join(twice)}; rename or remove all but one of each")
     if names and all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", name) for name in names):

@@ -1,7 +1,8 @@
 """The interfaces of a dataset format: a `Source` reads it, a `Sink` writes it, and a `Format` opens both.
 
-An `Episode` has T + 1 frames and T actions. An episode of another format with N rows (frame, action) becomes N frames
-and N - 1 actions, because no frame follows its last action, unless the format stores that frame. See docs/formats.md.
+An `Episode` has T + 1 frames and T actions. Many formats store N rows of (frame, action) instead. Such an episode
+becomes N frames and N - 1 actions: no frame follows the last action, which is therefore left out. If the format stores
+that last frame, all N actions are kept. See docs/formats.md.
 """
 
 import hashlib
@@ -51,7 +52,7 @@ class Note:
 
 
 class ReadOptions(Config):
-    """Options for reading a dataset of another format; an option that the format does not support is an error."""
+    """Options for reading a dataset of another format; an unsupported option that is set raises an error."""
 
     camera: str | None = None  # image key, required if there are several; "none" leaves the pixels out
     vector: list[str] | None = None  # columns of the observation vector, in order; None: all numeric ones, sorted
@@ -60,7 +61,7 @@ class ReadOptions(Config):
     rate: float | None = Field(None, gt=0)  # steps per second; None: the camera's rate
     actions: Literal["hold", "mean"] = "hold"  # how actions with their own clock are aligned; see `align`
     gap: float = Field(4.0, gt=1)  # an episode is split at gaps longer than this many median periods
-    pair: Literal["time", "number"] | None = None  # how rows find their frames; None: by time, if this is not in doubt
+    pair: Literal["time", "number"] | None = None  # how rows match frames; None: by time, if number does not disagree
     action_low: list[float] | None = None  # bounds; None: those of the format, else the range of the data, with a note
     action_high: list[float] | None = None
     columns: dict[str, str] = Field(default_factory=dict)  # for each role (see `ROLES`), names joined by commas
@@ -101,9 +102,11 @@ class Contents:
 class Source(Closing, ABC):
     """A dataset of another format, opened for reading; a context manager.
 
-    `fingerprint` is a cheap digest of the names, sizes and times of the dataset's files. `notes` are added on opening
-    and by `read`. Reading an episode twice returns equal results. Options in `refused` raise an error that contains
-    `reason`, because a format must not silently ignore an option.
+    `fingerprint` is a cheap digest of the names, sizes and modification times of the dataset's files. `notes` are added
+    on opening and by `read`. Reading an episode twice returns equal results.
+
+    `refused` lists the options that the format does not support, and `roles` the keys of the option `columns` that it
+    supports. Any other option or key raises an error that contains `reason`, so that none is silently ignored.
 
     Raises:
         DataError, StorageError: the data has a different format, or is damaged.
@@ -167,7 +170,7 @@ class Source(Closing, ABC):
         self.notes.append(Note(kind=kind, what=what, episode=episode))
 
     def note_left_out(self, kind: str, names: Iterable[str], why: str) -> None:
-        """Add a note about parts that are left out, if there are any that have no note of their own."""
+        """Add one note that the parts `names` are left out, except parts that already have a note of their own."""
         if shown := ", ".join(name for name in names if name not in self._noted):
             self.note("dropped", f"{self.path}: the {kind} {shown} are left out ({why}).")
 
@@ -176,10 +179,10 @@ class Source(Closing, ABC):
         self.note("info", f"{self.path}: the last action of each episode has no following frame and is left out.")
 
     def named(self, role: str) -> list[str] | None:
-        """Return the columns that the options name for a role, or None.
+        """Return the columns that the option `columns` names for a role; None if it does not contain the role.
 
         Raises:
-            ConfigError: --vector or --camera names columns too.
+            ConfigError: the option `vector` or `camera` also names columns for this role.
         """
         text = self.options.columns.get(role)
         if text is None:
@@ -193,7 +196,7 @@ class Source(Closing, ABC):
         return [name.strip() for name in text.split(",") if name.strip()]
 
     def choose_camera(self, cameras: Sequence[str]) -> str | None:
-        """Return the selected image key; without a selection, the only image key, or None if there is none.
+        """Return the name of the selected camera, by default the only camera; None if no pixels are read.
 
         Raises:
             ConfigError: there are several cameras and none is selected, or the selected one does not exist.
@@ -219,9 +222,9 @@ class Source(Closing, ABC):
         """Return the columns that are pictures, and those of them that may be the camera.
 
         `columns` maps each observation column to its shape (without the time axis) and its dtype. `others` states that
-        there are observations besides `columns`. A column in the option `vector` is no picture. Pictures that are not
-        bytes may be the camera in two cases: the options select a camera or a range, or there is nothing else to
-        observe. Otherwise a note says how to select them.
+        there are observations besides `columns`. A column in the option `vector` does not count as a picture. Pictures
+        that are not bytes may be the camera in two cases: the options select a camera or a range, or there is nothing
+        else to observe. Otherwise a note says how to select them.
         """
         options = self.options
         numeric = {name for name, (_, dtype) in columns.items() if np.dtype(dtype).kind in "fiub"}
@@ -260,7 +263,7 @@ class Source(Closing, ABC):
     ) -> PictureLayout:
         """Return how the camera's pictures are stored, and add a note if the pixels differ from the stored values.
 
-        `own`: worldloom wrote the pictures. `core.picture_layout` describes the other arguments.
+        Set `own` if worldloom wrote the pictures. `core.picture_layout` describes the other arguments.
 
         Raises:
             DataError: it is not clear how the pictures are stored.
@@ -275,7 +278,7 @@ class Source(Closing, ABC):
         """Return stored pictures as pixels, with a note about values that are clipped.
 
         Raises:
-            DataError: the pictures do not have the layout of `lay_out`.
+            DataError: the pictures do not have the layout that `lay_out` found.
         """
         assert self._layout is not None
         if outside := self._layout.outside(stored):
@@ -286,7 +289,7 @@ class Source(Closing, ABC):
         return self._layout.convert(stored, where)
 
     def picture_values(self, what: str) -> tuple[float, float] | None:
-        """Return the values of encoded pictures that become 0 and 255, with a note if they are set.
+        """Return the values of encoded pictures that become 0 and 255, and add a note; None if the options set none.
 
         Raises:
             ConfigError: an order of axes is set, which encoded pictures do not need.
@@ -318,10 +321,10 @@ class Source(Closing, ABC):
     def choose_actions(
         self, numeric: Iterable[str], guesses: Sequence[str] = ("action", "actions"), file: Path | None = None
     ) -> list[str]:
-        """Return the columns of the action: the named ones in order, by default those of the first guess that exists.
+        """Return the action's columns: those that the options name, by default those of the first guess that matches.
 
-        `guess` describes which columns a guess matches. A note says what was guessed. `file` is the file that lacks the
-        columns, for the error.
+        The function `guess` defines what a guess matches. If the guess is not obvious, a note says what was guessed.
+        `file` is the file that the error names if no column matches.
 
         Raises:
             ConfigError: a named column does not exist.
@@ -354,7 +357,7 @@ class Source(Closing, ABC):
         return found
 
     def choose_labels(self, default: Iterable[str], numeric: Iterable[str]) -> list[str]:
-        """Return the label columns: the named ones in order, by default `default`.
+        """Return the label columns: those that the options name, in order, by default `default`.
 
         Raises:
             ConfigError: a named column does not exist.
@@ -370,12 +373,12 @@ class Source(Closing, ABC):
         return list(names)
 
     def describe(self, contents: Contents) -> None:
-        """Set `spec` and `fingerprint`. If the format stores no action bounds, read all actions to find their range.
+        """Set `spec` and `fingerprint`. If `contents` has no bounds and no range, read all actions to find the range.
 
         Raises:
-            ConfigError: the bounds in the options have the wrong size, or the options name roles of a dataset whose
-                files state them.
-            DataError: there are neither action bounds nor actions, or nothing is observed.
+            ConfigError: the bounds in the options have the wrong size, or the option `columns` is set for a dataset
+                that worldloom wrote, whose files state the role of each column.
+            DataError: there are neither action bounds nor actions, or neither pixels nor a vector are read.
         """
         own = contents.own
         if own is not None and self.options.columns:
@@ -414,7 +417,11 @@ class Source(Closing, ABC):
         self._columns = list(contents.vector)
 
     def _find_choices(self, contents: Contents, found: Bounds | None) -> tuple[int, int] | None:
-        """Return the lowest and highest value of actions if they are choices, as named or guessed, else None."""
+        """Return the lowest and highest value of actions that are choices (numbers of discrete actions), else None.
+
+        The options name the column of choices. Without that, integer actions with few values are guessed to be choices,
+        with a note.
+        """
         named = self.options.columns.get("choice")
         if named is not None and contents.action != 1:
             raise ConfigError(
@@ -452,7 +459,10 @@ class Source(Closing, ABC):
     def single(
         self, values: Shaped[np.ndarray, "n m"], name: str, where: str, index: int | None
     ) -> Float32[np.ndarray, "n m"]:
-        """Return a column as float32; if that loses what the column says, add a note, unless `index` is None."""
+        """Return a column as float32.
+
+        Add a note if the rounding error is large compared with the changes per step, unless `index` is None.
+        """
         with np.errstate(over="ignore"):
             rounded = np.asarray(values, np.float32)
         if index is None or values.dtype.itemsize < 4 or values.dtype == np.float32 or len(values) < 2:
@@ -496,7 +506,7 @@ class Source(Closing, ABC):
                     )
 
     def encode(self, actions: np.ndarray, where: str) -> np.ndarray:
-        """Return actions (n, A) as the spec has them: choices one-hot, and numbers unchanged.
+        """Return actions (n, A) in the form that the spec describes: choices one-hot, and numbers unchanged.
 
         A missing choice (NaN) becomes a row of NaN.
 
@@ -521,9 +531,10 @@ class Source(Closing, ABC):
         return encoded
 
     def _bounds(self, size: int, found: Bounds | None, *, stated: bool, discrete: bool) -> ActionSpec:
-        """Return the action bounds in the options, or by default `found`; add a note if these are a range of the data.
+        """Return the action bounds: those in the options, by default `found`.
 
-        The options may set one bound or both. A dimension with a constant value gets a range of 1 around the value.
+        The options may set one bound or both. If not `stated`, `found` is the range of the data: a note says so, and a
+        dimension with a constant value gets a range of 1 around the value.
         """
         given = {"action_low": self.options.action_low, "action_high": self.options.action_high}
         for name, values in given.items():
@@ -625,8 +636,8 @@ class Sink(Closing, ABC):
     """A dataset opened for writing; a context manager. If an error occurs, complete episodes are kept.
 
     `written` is the number of complete episodes in the dataset when the sink was opened. With `resume`, the sink
-    continues a dataset that an earlier sink started at `path`. Episodes are saved together once their decoded size
-    reaches `most_bytes` or their number reaches `most_episodes`. If the process is killed, the dataset contains only
+    continues a dataset that an earlier sink started at `path`. Pending episodes are saved together once their decoded
+    size reaches `most_bytes` or their number `most_episodes`. If the process is killed, the dataset contains only
     complete episodes, in order.
 
     `layout` is the name of the format in messages. A label must not have a name in `reserved` or contain the character
@@ -686,7 +697,7 @@ class Sink(Closing, ABC):
 
     @abstractmethod
     def save(self, episodes: list[Episode]) -> None:
-        """Write episodes, the first with the number `saved`, so that a kill leaves only complete episodes."""
+        """Write episodes, the first with the number `saved`; a killed process must leave only complete episodes."""
 
     @abstractmethod
     def complete(self) -> None:
@@ -703,7 +714,7 @@ class Sink(Closing, ABC):
         return [Note(kind="info", what=what)]
 
     def close(self) -> None:
-        """Save pending complete episodes, also after an error elsewhere."""
+        """Save the pending episodes, even after an error elsewhere."""
         self._flush()
 
     def _flush(self) -> None:
@@ -761,9 +772,10 @@ def add_format(
 
 @contextmanager
 def foreign_errors(path: Path, format: str) -> Iterator[None]:
-    """Convert errors of other types, which damaged or unusual files cause in the code that reads them.
+    """Convert each exception to a `DataError` on `path`, except worldloom's own errors and failed assertions.
 
-    NumPy's warnings of such values are ignored, because values that are not finite are found and noted later.
+    Damaged or unusual files cause exceptions of many types in the code that reads them. NumPy's warnings are ignored,
+    because values that are not finite are found and noted later.
     """
     try:
         with warnings.catch_warnings():
@@ -791,10 +803,10 @@ def refuse(options: ReadOptions, names: Sequence[str], why: str) -> None:
 
 
 def guess(names: Sequence[str], columns: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the columns that match the first of `names` with a match, and columns that may repeat them.
+    """Return the columns that match the first of `names` with any match, and the columns that may repeat their values.
 
-    A name matches the column with this name, whose parts `name.*` or `name/*` may repeat it, or otherwise these parts,
-    in natural order.
+    A name matches the column with exactly this name; the columns `name.*` and `name/*` may then repeat it. Without such
+    a column, the name matches the columns `name.*` and `name/*`, in natural order.
     """
     there = list(columns)
     for name in names:
@@ -824,9 +836,9 @@ def only_one(found: Sequence[Path], path: Path, kind: str) -> Path:
 
 
 def files_below(path: Path) -> list[Path]:
-    """Return all files below a directory, sorted, but hidden ones; links to directories are followed once.
+    """Return all files below a directory except hidden ones, sorted; links to directories are followed once.
 
-    File managers write hidden files, such as the `._NAME` of macOS on foreign disks.
+    Hidden files, such as the `._NAME` of macOS on foreign disks, are left out because file managers write them.
     """
     found: list[Path] = []
     seen = {os.path.realpath(path)}
@@ -838,7 +850,7 @@ def files_below(path: Path) -> list[Path]:
 
 
 def digest_files(paths: Iterable[Path], root: Path) -> str:
-    """Return a digest of the names, sizes and times of files; their content is not read."""
+    """Return a digest of the names, sizes and modification times of files; their content is not read."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(paths):
         with storage_errors(path):

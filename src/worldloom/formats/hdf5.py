@@ -1,7 +1,7 @@
 """Shared code of the HDF5 formats: helpful errors, and a writer whose files a kill cannot corrupt.
 
-HDF5 files that are open when their process dies are often lost. Therefore each episode is first written atomically to
-its own small file (PATH.parts/000000.h5), and the last step assembles these into one file.
+If a process dies while it writes an HDF5 file, the file is often lost. Each episode is therefore first written
+atomically to its own small file (PATH.parts/000000.h5), and the last step assembles these files into one.
 """
 
 import importlib
@@ -77,9 +77,9 @@ def width(column: Any) -> int:
 
 
 def arrays(group: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the arrays with rows below a group by path, and a reason for each entry that is none.
+    """Return the arrays with rows below a group, by path, and the kind of each other entry, by path.
 
-    Entries without rows are scalars, empty datasets, text, rows of varying length, and dead links.
+    Other entries are scalars, empty datasets, text, rows of varying length, and dead links.
     """
     found: dict[str, Any] = {}
     odd: dict[str, str] = {}
@@ -122,9 +122,10 @@ def entry_of(group: Any, name: str) -> Any:
 
 
 def unwritten(column: Any) -> str | None:
-    """Return the share of an array that was never written, and that HDF5 returns as fill values; None if there is none.
+    """Return how much of an array was never written, as text; None if everything was written, or if it is not known.
 
-    The share is a number of chunks, or "all values" for arrays without chunks.
+    The text is a number of chunks, or "all values" for arrays without chunks. HDF5 reads the missing values as fill
+    values.
     """
     if column.is_virtual or column.external or not column.size:
         return None

@@ -328,7 +328,7 @@ class LeRobotSource(Source):
         return frames
 
     def _find_sharing(self) -> dict[int, int]:
-        """Return, for each episode whose frames another episode has too, that other episode."""
+        """Return a mapping from each episode whose stretch of a video overlaps with another's to that other episode."""
         places: dict[Path, list[tuple[float, EpisodePlace]]] = {}
         for entry in self._meta.entries:
             if (video := entry.videos.get(self._camera or "")) is not None:
@@ -343,7 +343,7 @@ class LeRobotSource(Source):
         return found
 
     def _numbered(self, entry: EpisodePlace, stamps: Float64[np.ndarray, "F"]) -> Int64[np.ndarray, "R"] | None:
-        """Return the frame of each row of an episode by number; None if the number of frames does not fit."""
+        """Return the frame of each row of an episode, matched by number; None if rows and frames differ in number."""
         file, start = entry.videos[self._camera or ""]
         half = 0.5 / self._meta.fps
         first = 0 if self._shared[file] == 1 else int(np.searchsorted(stamps, start - half))

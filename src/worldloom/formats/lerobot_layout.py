@@ -1,8 +1,9 @@
 """The layout of LeRobot datasets, versions 2.0, 2.1 and 3.0, and their metadata.
 
 `meta/info.json` contains the features, the frame rate and the paths of the files. Version 2.1 has a Parquet file and
-one video per camera for every episode. Version 3.0 has several episodes in each file; `meta/episodes` contains the rows
-and the seconds of each. Row k contains the frame at its timestamp, and the action taken there.
+one video per camera for every episode. Version 3.0 has several episodes in each file; `meta/episodes` contains the
+rows of each episode, and the time at which it starts in a video. Row k contains the observation at its timestamp
+(pixels may be in a video instead), and the action taken then.
 """
 
 import itertools

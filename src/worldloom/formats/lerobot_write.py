@@ -1,8 +1,8 @@
 """Writers of LeRobot datasets, versions 2.1 and 3.0; lerobot_layout.py describes the layout.
 
 worldloom's spec is stored in `meta/worldloom.json`, which LeRobot ignores. Labels are features `label.NAME`. The last
-row of an episode has a zero action. Pictures are H.264 in yuv444p or, lossless, PNG in the Parquet files (dtype
-`image`).
+row of an episode has a zero action. Pictures are stored as H.264 video in yuv444p or, if lossless, as PNG in the
+Parquet files (dtype `image`).
 """
 
 import json
@@ -51,7 +51,7 @@ class LeRobotSink(Sink):
     encoded, lossy_codec = True, LOSSY_CODEC
 
     def begin(self, *, resume: bool) -> int:
-        """Claim the path, and count the episodes that an earlier run wrote."""
+        """Prepare the path, and return the number of episodes that an earlier run wrote."""
         path, options = self.path, self.options
         if options.fps != int(options.fps):
             raise ConfigError(f"LeRobot needs an integer frame rate; got fps={options.fps}. Set fps to an integer")

@@ -120,7 +120,10 @@ class MinariSource(Hdf5Source):
         self._action = self._space("action_space")
         size = _size(self._action)
         if size > MOST_ACTION_VALUES:
-            raise DataError(f"{where}: an action has {size:,} values; at most {MOST_ACTION_VALUES:,} are supported")
+            raise DataError(
+                f"{where}: an action has {size:,} values; at most {MOST_ACTION_VALUES:,} are supported. Record actions "
+                f"with fewer values"
+            )
         if size == 0 or self._action["type"] not in ("Box", "Discrete"):
             raise DataError(
                 f"{where}: the action space is {self._action.get('type')}; expected a Box or a Discrete space. Record "
@@ -154,7 +157,7 @@ class MinariSource(Hdf5Source):
         )
 
     def _compare_counts(self) -> None:
-        """Add notes about numbers of steps, and of episodes, that differ from the actions in the file."""
+        """Add notes about stated numbers of steps that differ from the actions in the file, and about repeated ids."""
         total, different, ids = 0, [], []
         for name in self._episodes:
             group = self.file[name]
@@ -402,7 +405,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 def _leaves(
     space: Mapping[str, Any], name: str = "", place: str = "observations"
 ) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Yield (name, path of the column, space) for each part of a space."""
+    """Yield (name, path of the column, space) for each leaf of a space, which may be nested."""
     parts: dict[str, tuple[str, Any]] = {}
     if space.get("type") == "Dict":
         parts = {key: (key, part) for key, part in space["subspaces"].items()}

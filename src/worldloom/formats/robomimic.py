@@ -45,8 +45,8 @@ _UNIT = 1.0 + 1e-6  # robomimic expects actions in [-1, 1]
 class RobomimicSource(Hdf5Source):
     """A source that reads a robomimic file, in the order of demo numbers; `next_obs`, if present, adds a last frame.
 
-    A column of `obs` is named by its path below `obs`, another column by its path below the demo. Columns in groups
-    below `obs` (Isaac Lab) are observed by default only if `obs` has no numeric column of its own.
+    Columns in `obs` are named by their path below `obs`, all other columns by their path below the demo. Columns in
+    groups below `obs` (Isaac Lab) are observed by default only if `obs` has no numeric column of its own.
     """
 
     format = "robomimic"
@@ -165,7 +165,7 @@ class RobomimicSource(Hdf5Source):
         return all(_has_rows(column) and len(column) == steps for column in columns)
 
     def _is_ever_per_step(self, place: str) -> bool:
-        """Return whether a column has one row per action in some demo, so that it is damaged in the others."""
+        """Return whether a column has one row per action in any demo; demos in which it has not are then damaged."""
         demos = [self.file["data"][demo] for demo in self._demos]
         actions = [entry_of(demo, next(iter(self._actions))) for demo in demos]
         return any(
@@ -309,7 +309,7 @@ class RobomimicSource(Hdf5Source):
 class RobomimicSink(PartsSink):
     """A sink that writes obs and next_obs with keys `image` and `vector`, and extra entries for labels and metadata.
 
-    For robomimic's loaders, rewards are zeros, and dones are zeros with a final one.
+    robomimic's loaders need rewards and dones: rewards are 0, and dones are 0 except for a 1 in the last row.
     """
 
     layout = "robomimic's layout"

@@ -62,8 +62,8 @@ class ChosenColumns:
 def choose_columns(source: Source, columns: Columns, own: DatasetSpec | None) -> ChosenColumns:
     """Choose the columns to read, using the source's options, and add notes about the columns that are left out.
 
-    The vector consists of `observation` and `proprio` or, without these and without pictures, of `state`. Other numeric
-    columns are labels, except rewards and counters.
+    By default, the vector consists of `observation` and `proprio`. Without these and without pictures, it is `state`
+    or, if that is missing too, all numeric columns. Other numeric columns are labels, except rewards and counters.
     """
     usable = {name: (shape[1:], dtype) for name, (shape, dtype) in columns.items() if name not in _UNSEEN}
     pictures, cameras = source.pictures_among(usable)

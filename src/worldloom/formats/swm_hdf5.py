@@ -91,7 +91,7 @@ class SwmHdf5Source(Hdf5Source):
         self.describe(self._chosen.contents(numbers, files=[self.path], pixels=pixels, own=own))
 
     def _note_counts(self, columns: Columns, rows: int) -> None:
-        """Add notes about rows that no episode has, and rows that several episodes have."""
+        """Add notes about rows that belong to no episode, and rows that belong to several."""
         taken = np.zeros(max(rows, 0) + 1, np.int64)
         for offset, length in zip(self._offsets, self._lengths, strict=True):
             if offset < 0 or length < 0:

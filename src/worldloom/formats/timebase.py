@@ -1,8 +1,8 @@
 """Alignment of a camera and a log of actions with different rates to one time base.
 
 Times are seconds on one clock. A *row* of the log is in force from its timestamp to the next row's timestamp; the last
-row is in force for one median period. A timestamp less than a tenth of the shorter median period after a frame counts
-as simultaneous with the frame, because video files round their times.
+row is in force for one median period. Video files round their times. A row that starts after a frame by less than a
+tenth of the shorter median period (of the camera or the log) therefore counts as simultaneous with the frame.
 """
 
 from collections.abc import Callable, Mapping
@@ -113,10 +113,10 @@ def align(
 
     Each camera frame is a step; with `rate`, there are `rate` steps per second from the first frame on, each with the
     nearest frame. `how="hold"` uses the action in force at a frame. `how="mean"` uses the time average of the actions
-    until the next frame, so that velocities add up to the same distance. A gap longer than `gap` median periods, in
+    until the next step, so that velocities add up to the same distance. A gap longer than `gap` median periods, in
     frames or in rows, ends a part. The last row is in force for one median period, or until the time `until`. Frames
-    without a row in force are left out. A frame at the end of the last row is kept, because it shows the result of the
-    last action, unless rows also contain observations (`observed`).
+    without a row in force are left out. A frame at the moment at which the last row ends is kept, because it shows the
+    result of the last action. With `observed` (rows also contain observations) it is left out, because it has no row.
 
     Raises:
         DataError: a timestamp is not finite, or more than one timestamp is repeated or swapped.
@@ -191,9 +191,9 @@ def align(
 
 
 def clock_difference(rows: Float64[np.ndarray, "n"], frames: Float64[np.ndarray, "n"]) -> str | None:
-    """Return how the times of rows differ from the times of the frames with the same numbers.
+    """Return how the times of rows differ from the times of the frames with the same numbers, as part of a sentence.
 
-    None: they differ by at most half a median period of the frames.
+    Return None if they differ by at most half a median period of the frames.
     """
     if len(frames) < 2:
         return None
@@ -247,7 +247,7 @@ def _clock_error(camera: Float64[np.ndarray, "F"], log: Float64[np.ndarray, "R"]
 
 
 def check_pairs(rows: Float64[np.ndarray, "R"], frames: Float64[np.ndarray, "F"], where: str) -> None:
-    """Check that time and number agree on which row belongs to which frame, if there is a row for each frame.
+    """Check that matching rows to frames by time and by number gives the same pairs, if there is a row per frame.
 
     Raises:
         DataError: there are as many rows as frames, or one fewer, but at different times.
@@ -262,7 +262,7 @@ def check_pairs(rows: Float64[np.ndarray, "R"], frames: Float64[np.ndarray, "F"]
 
 
 def unit_of(span: float, seconds: float) -> str | None:
-    """Return the unit of times that span `span` of it in `seconds` seconds: ms, us or ns; None if it may be seconds."""
+    """Return the unit (ms, us or ns) of timestamps that grow by `span` in `seconds` seconds; None if it may be s."""
     ratio = span / seconds if seconds > 0 else 0.0
     return None if ratio < 100 else ("ms", "us", "ns")[min(max(round(np.log10(ratio) / 3), 1), 3) - 1]
 
@@ -271,7 +271,7 @@ def timestamps(column: pa.Array | pa.ChunkedArray, what: str) -> Float64[np.ndar
     """Return a column of numbers as float64; missing values become NaN. Error messages begin with `what`.
 
     Raises:
-        DataError: the column is of single precision, which is too coarse for the times in it.
+        DataError: the column is of single or half precision, which is too coarse for the times in it.
     """
     # Unchecked, because Arrow otherwise refuses nanoseconds since 1970; float64 keeps them to 256 ns.
     values: np.ndarray = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)

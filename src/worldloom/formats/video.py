@@ -74,8 +74,9 @@ def frame_shape(path: Path) -> tuple[int, int]:
 class FrameStream:
     """A video reader that decodes forward; a request for an earlier frame restarts from the first frame.
 
-    Frames are as a player shows them. Frames that an edit list hides have no number, and a display matrix turns or
-    mirrors the rest. `turned` is set once that has happened. A file with several videos is read from the first one.
+    Frames are as a player shows them: frames that an edit list hides have no number, and the others are turned or
+    mirrored as the display matrix requires. `turned` is set once a frame was turned or mirrored. Of several videos in a
+    file, the first is read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -122,7 +123,7 @@ class FrameStream:
 
     @property
     def remarks(self) -> list[tuple[Literal["info", "guessed"], str]]:
-        """What a user should know of the frames that were read: kinds of notes, and sentences without a full stop."""
+        """Notes on the frames that were read: the kind of each note, and its sentence without a full stop."""
         said: list[tuple[Literal["info", "guessed"], str]] = []
         if self.turned:
             said.append(("info", TURNED))
@@ -190,7 +191,7 @@ def write_video(path: Path, frames: UInt8[np.ndarray, "N H W 3"], *, fps: float,
 
 
 def _stamps(path: Path, *, ignore_editlist: bool = False) -> tuple[int, list[Any], int, float]:
-    """Return the number of frames in the file, the stamps of the shown frames, the header's number, and the unit."""
+    """Return the number of frames in the file, the shown frames' time stamps, the header's count, and the time base."""
     with _opened(path, {"ignore_editlist": "1"} if ignore_editlist else {}) as (container, stream):
         packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
         stamps = [stamp for stamp, hidden in packets if not hidden]

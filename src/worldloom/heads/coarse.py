@@ -1,7 +1,7 @@
-"""A coarser world model over macro-actions: each of its steps covers several steps of the model below.
+"""A coarser world model over macro-actions. Each of its steps covers several steps of the finer *model below*.
 
-A macro-action encodes several consecutive blocks. Its encoder is trained together with the prediction of the state
-that those blocks lead to. A coarse model is a `WorldModel` in the same latent space, so every solver, geometry and
+A macro-action encodes several consecutive blocks. Its encoder is trained together with a predictor of the state to
+which those blocks lead. A coarse model is a `WorldModel` in the same latent space, so every solver, geometry and
 objective works with it, and another coarse model can be fitted on top of it.
 """
 
@@ -134,7 +134,7 @@ def fit_coarse(
     seed: int,
     progress: Progress = SILENT,
 ) -> CoarseModel:
-    """Fit the macro-action encoder and the predictor together, on the episodes and on dreams of the model below.
+    """Fit the macro-action encoder and the predictor together, on the episodes and on dreams (see `dream`) of `below`.
 
     The loss covers two open-loop steps. The second step starts from the prediction of the first, so that the model
     learns to chain predictions.

@@ -24,10 +24,10 @@ from worldloom.models import MLP, Activation, Norm, hidden_layer
 class DistanceConfig(FitConfig):
     """The configuration of a `TemporalDistance` and its fit.
 
-    With probability `same_line`, a goal is a later state of the same line (an episode or a dream). Otherwise the goal
-    is any state of any line in the same layout or, with probability `anywhere`, any state of all data. Use `anywhere`
-    only if all episodes have the same layout, because goals in a different layout are unreachable. Distances are capped
-    at `longest` environment steps.
+    A line is an episode or a dream. With probability `same_line`, a goal is a later state of the same line. Otherwise
+    the goal is any state of the same episode or of one of its dreams or, with probability `anywhere`, any state of all
+    data. Use `anywhere` only if all episodes have the same layout, because goals in a different layout are unreachable.
+    Distances are capped at `longest` environment steps.
     """
 
     hidden: Sizes = Field(default=(256, 128), min_length=1)

@@ -50,9 +50,9 @@ class Reversibility:
 def measure_reversibility(
     model: WorldModel, inverse: InverseModel, episodes: LatentEpisodes, *, walk: Walk, generator: torch.Generator
 ) -> Reversibility:
-    """Roll out walks from states of the data, and walk back through the same latents by inverse dynamics.
+    """Roll out walks from states of the data, walk back by inverse dynamics, and measure how close the way back ends.
 
-    The model predicts the way back block by block; each block starts from the prediction of the one before.
+    The model predicts the way back block by block; each block starts from the prediction of the block before it.
     """
     per_episode = -(-_WALKS // len(episodes))
     there = dream(model, episodes, per_episode=per_episode, horizon=_BLOCKS, walk=walk, generator=generator).latents
@@ -69,7 +69,7 @@ def measure_reversibility(
 
 
 def still(latents: Tensor, model: WorldModel) -> Context:
-    """Return the context of an agent that has not moved at these latents (B, D)."""
+    """Return contexts of agents that have stood still, one at each of these latents (B, D)."""
     size = model.spec.context
     return Context(
         latents=latents[:, None].expand(-1, size, -1),
@@ -119,7 +119,7 @@ class LatentGeometry(Head[InverseModelConfig]):
         return {"step_length": self.step_length, "reversibility": asdict(self.reversibility)}
 
     def check(self) -> None:
-        """Check that all tensors and figures are finite, and that the step length, which is a unit, is above 0."""
+        """Check that all tensors and figures are finite, and that the step length, a unit of distance, is above 0."""
         super().check()
         values = (self.step_length, self.reversibility.gap, self.reversibility.displacement)
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):

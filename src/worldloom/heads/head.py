@@ -59,10 +59,10 @@ class Head(nn.Module, Generic[ConfigT]):
         return {}
 
     def check(self) -> None:
-        """Check that the head's answers can be meaningful: all its tensors are finite. Subclasses add further checks.
+        """Check that all tensors are finite, so that the head's outputs can be meaningful. Subclasses add checks.
 
         Raises:
-            DataError: a value makes the answers meaningless.
+            DataError: a value makes the outputs meaningless.
         """
         for name, tensor in self.state_dict().items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):

@@ -67,7 +67,7 @@ class Heads:
     def digests(self) -> dict[str, str]:
         """Return a digest of the run's model and of each head that a planner or a guardrail may read, by name.
 
-        Baselines are left out. Heads that the run does not have are missing.
+        Baselines are left out, and so are heads that the run does not have.
 
         Raises:
             CheckpointError: the file of a head is damaged.

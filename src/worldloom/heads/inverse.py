@@ -59,12 +59,12 @@ class InverseModel(Head[InverseModelConfig]):
     def normalised(
         self, latents: Float[Tensor, "*axes D"], following: Float[Tensor, "*axes D"]
     ) -> Float[Tensor, "*axes A"]:
-        """Return the block in standard deviations of the data's actions, the unit of the loss."""
+        """Return the block in the network's units, which are also the units of the loss; see `normalise`."""
         blocks: Tensor = self.network(torch.cat([latents, following - latents], dim=-1))
         return blocks
 
     def normalise(self, blocks: Float[Tensor, "*axes A"]) -> Float[Tensor, "*axes A"]:
-        """Convert blocks from environment units to the network's units."""
+        """Convert blocks from environment units to the network's units: (block - mean) / std of the data's blocks."""
         return (blocks - self.mean) / self.std
 
 

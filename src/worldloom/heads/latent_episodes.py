@@ -78,9 +78,10 @@ def dream(
     walk: Walk,
     generator: torch.Generator,
 ) -> LatentEpisodes:
-    """Imagine walks of `horizon` blocks that start from random states of each episode, in the episode's layout.
+    """Imagine random walks of `horizon` blocks that start from random states of each episode.
 
-    Dream `e * per_episode + i` is the i-th of episode e; its first latent is the start state.
+    A walk keeps the environment layout of its episode (such as walls), because the start state determines it. Dream
+    `e * per_episode + i` is the i-th of episode e; its first latent is the start state.
     """
     spec, device = model.spec, episodes.latents.device
     bounds = ActionBounds.of(spec, device)

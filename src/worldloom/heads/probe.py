@@ -19,7 +19,7 @@ from worldloom.models import MLP
 
 
 class ProbeConfig(FitConfig):
-    """The configuration of a `Probe` and its fit; the fraction `held_out` of the episodes only measures the error.
+    """The configuration of a `Probe` and its fit. A share `held_out` of the episodes only serves to measure the error.
 
     `between` clips the labels to a range, so that the network resolves the values that matter, such as those near the
     edge of a hazard.
@@ -78,7 +78,7 @@ class Probe(Head[ProbeConfig]):
         return out
 
     def error(self, risk: float) -> float:
-        """Return a bound on the error; an exchangeable new frame exceeds this bound with probability at most `risk`.
+        """Return a bound that the error on a new, exchangeable frame exceeds with probability at most `risk`.
 
         This is the split-conformal quantile (Vovk et al. 2005): the k-th smallest of n held-out errors with
         k = ceil((n + 1)(1 - risk)), or infinity if n is too small for this risk.

@@ -25,7 +25,7 @@ class SupportConfig(Config):
 
 
 class Support(Head[SupportConfig]):
-    """A sample of the data's latents; a latent farther than `known` from the complete sample is unlike the data."""
+    """A sample of the data's latents. A latent farther than `known` from all of the sample is unlike the data."""
 
     kind = "support"
     config_type = SupportConfig

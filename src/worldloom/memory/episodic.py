@@ -1,8 +1,8 @@
 """Episodic memory: an agent's past states on disk, found by similarity, time and outcome.
 
-A directory contains `records.lance` (the table), `journal.sqlite` (memories not yet in the table) and `.lock` (of the
-writer). An append is a transaction of the journal. A flush commits the rows to the table, then deletes them from the
-journal. So each memory survives the end of the process in at least one of the two; a reader counts it once.
+A directory contains `records.lance` (the table), `journal.sqlite` (memories not yet in the table) and `.lock` (held by
+the writer). An append is a transaction of the journal. A flush commits the rows to the table, then deletes them from
+the journal. Each memory is therefore always in at least one of the two; a reader counts a memory in both only once.
 """
 
 import logging
@@ -412,7 +412,7 @@ class EpisodicMemory(Closing):
         self._parts = []
 
     def _tend(self) -> None:
-        """Compact small fragments, update the index, and delete versions that no reader can have open."""
+        """Compact a table of many fragments, and delete its old versions. Rebuild the index if it lacks many rows."""
         with memory_errors(self.path, "write"):
             if len(self._table.get_fragments()) > _FRAGMENTS:
                 self._table.optimize.compact_files(target_rows_per_fragment=_SMALL)
@@ -437,7 +437,7 @@ class EpisodicMemory(Closing):
         return found["id"].to_numpy(), np.sqrt(squares, dtype=np.float32)
 
     def _kept(self, ids: Int64[np.ndarray, "M"]) -> tuple[pa.Array | None, pa.Array | None]:
-        """Return the columns `pixels` and `vector` of memories, where they are stored."""
+        """Return the columns `pixels` and `vector` of memories, each None if the memory does not store it."""
         names = [name for name in ("pixels", "vector") if name in self.spec.schema().names]
         if not names:
             return None, None

@@ -1,7 +1,7 @@
-"""Selects what a full memory forgets: redundant memories, never a complete region.
+"""Selects what a full memory forgets: redundant memories, but never all memories of a region of the latent space.
 
-Memories are assigned to cells around centres from greedy k-centre search (Gonzalez, 1985: within twice the smallest
-possible radius). The most crowded cells lose memories first, beginning with the oldest and least surprising ones. Four
+Memories are assigned to cells around centres from greedy k-centre search, whose radius is at most twice the smallest
+possible radius (Gonzalez, 1985). The most crowded cells lose memories first, from the oldest and least surprising. Four
 groups are protected, in this order, until they fill half of the memories kept: the centres, the newest memories, the
 most surprising ones, and those with an outcome.
 """

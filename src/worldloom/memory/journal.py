@@ -111,7 +111,7 @@ class Journal:
             self._database.execute("DELETE FROM pending WHERE id <= ?", (last,))
 
     def counter(self, name: str) -> int:
-        """Return the next number of a counter."""
+        """Return the value of a counter, which is the next unused number; 0 for a new counter."""
         with self._errors():
             row = self._database.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()
         return 0 if row is None else int(row[0])
@@ -142,7 +142,7 @@ class Journal:
         return database
 
     def _check_schema(self, database: sqlite3.Connection) -> None:
-        """Refuse views and triggers, which run what the file's author wrote, for example a query without end."""
+        """Refuse a file with views or triggers: they can run any SQL of its author, such as a query that never ends."""
         odd = database.execute("SELECT type, name FROM sqlite_master WHERE type NOT IN ('table', 'index')").fetchall()
         if odd:
             database.close()

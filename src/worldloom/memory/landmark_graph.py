@@ -117,8 +117,9 @@ class LandmarkGraph:
     """A directed graph over latents of one model; `save` and `load` store it in files.
 
     Edges come from experience (one state followed another), from the reverse of experience if steps are `reversible`,
-    and from prediction (`link`). Worlds that look different share one graph, as separate components. `visits` counts
-    how often each landmark was the nearest to an observed state.
+    and from prediction (`link`). A *world* is a connected component of the graph: worlds that look different, such as
+    two layouts, share one graph without edges between them. `visits` counts how often each landmark was the nearest to
+    an observed state.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class LandmarkGraph:
         *,
         blocks: float = 1.0,
     ) -> Int64[np.ndarray, "B"]:
-        """Add the next state of each of B lines of experience; return the landmarks that represent these states.
+        """Add the next state of each of B lines (continuous experience); return the landmarks that represent them.
 
         `previous` are the landmarks of the states `blocks` earlier, -1 at the start of a line.
         """
@@ -213,7 +214,7 @@ class LandmarkGraph:
 
         With `landmarks`, only pairs that include one of these landmarks are searched; with `among`, both landmarks of a
         pair must be among them, but may be in different worlds. Otherwise, separate worlds are never joined by
-        prediction, because only experience distinguishes worlds that look similar.
+        prediction, because only experience can tell worlds that look similar apart.
         """
         if len(self) < 2:
             return 0
@@ -241,9 +242,10 @@ class LandmarkGraph:
         return added
 
     def route(self, *goals: Float[Tensor, "D"]) -> Route | None:
-        """Find the cheapest path from every landmark to one goal; `goals` are the latents of the goal's appearances.
+        """Find the cheapest path from every landmark to one goal.
 
-        Return None if no appearance is near a landmark.
+        `goals` are the latents of this goal, one for each look that it may have: a goal looks different after a change
+        of its world (see `changed`). Return None if no look is near a landmark.
         """
         from scipy.sparse.csgraph import dijkstra
 
@@ -313,7 +315,7 @@ class LandmarkGraph:
     def save(self, stem: Path | str, *, memories: int = 0) -> None:
         """Write the graph as `STEM.json` and its tensors; see `worldloom.models.checkpoint.save_tensors`.
 
-        The graph has learned from all memories with ids below `memories`; `load` returns this number.
+        `memories` states that the graph has learned from all memories with smaller ids; `load` returns this number.
         """
         count = len(self._rows)
         tensors = {

@@ -1,8 +1,9 @@
 """Batch statistics and parameters that are distributed over several ranks.
 
 `gather` and `mean_over_ranks` are differentiable, and their backward passes are the true adjoints: each rank receives
-the gradient of all ranks' losses with respect to its own inputs. After data parallelism averages the gradients, the
-result is the gradient of a single rank with the complete batch. Without a process group, both return their input.
+the gradient of the sum of all ranks' losses with respect to its own inputs. After data parallelism averages the
+gradients, the result is the gradient of a single rank with the complete batch. Without a process group, both functions
+return their input.
 """
 
 import sys
@@ -68,7 +69,7 @@ def shard(tensor: Tensor) -> Tensor:
 
 
 def lay_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """Return a copy of the full `tensor` with the memory layout of `model` and with the same sharding over ranks."""
+    """Return a copy of the full `tensor`, with the memory layout and the sharding over ranks of the tensor `model`."""
     if _sharded(model):
         from torch.distributed.tensor import distribute_tensor
 

@@ -15,12 +15,12 @@ _MOMENTUM, _EPSILON = 0.1, 1e-5  # of the batch norm of latents
 class PixelNormalisation(nn.Module):
     """Normalises frames: (value - mean) / std for each pixel and channel, padded with zeros to multiples of `patch`.
 
-    A pixel that the agent covers in a share p of the frames has std c sqrt(p) for a contrast c. Division by
-    this std gives the covered pixel a value of about 1 / sqrt(p): the rarer the visit, the larger the value. A small
-    moving object then counts as much as large static walls. A pixel that the agent never covers in the sample has std
-    0. Each std is therefore raised to at least half the median std of the varying pixels. The first visit to such a
-    pixel then has at most twice the value of a visit to a typical pixel. The limit is at least one grey level (of 255),
-    because smaller values are quantisation noise.
+    If a moving object of contrast c covers a pixel in a small share p of the frames, the pixel's std is about
+    c sqrt(p). Division by the std gives the covered pixel a value of about 1 / sqrt(p): the rarer the visit, the larger
+    the value. A small moving object then counts as much as large static walls. A pixel that the object never covers in
+    the sample has std 0. Each std is therefore raised to at least half the median std of the varying pixels. The first
+    visit to such a pixel then has at most twice the value of a visit to a typical pixel. The limit is at least one grey
+    level (of 255), because smaller values are quantisation noise.
     """
 
     scale: Tensor

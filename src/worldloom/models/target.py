@@ -14,7 +14,7 @@ from worldloom.models.jepa import JEPA
 
 
 class TargetConfig(Config):
-    """The configuration of the target encoder; a step sets its weights to decay * old + (1 - decay) * online."""
+    """The configuration of the target encoder; each step sets its weights to decay * old + (1 - decay) * online."""
 
     decay: float = Field(default=0.99, ge=0, lt=1)
 

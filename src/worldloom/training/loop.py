@@ -88,8 +88,9 @@ def fit(
     run on the same machine. A run on several devices gives the same parameters as a run on one device, up to rounding.
     For several devices, start the program with torchrun or pass a launched `fabric`.
 
-    If `config.threads` is 0, a run of at least 100 steps on one CPU measures at its start which number of threads is
-    fastest, and records the number in the run folder. This number affects the parameters only by rounding.
+    If `config.threads` is 0, a new run of at least 100 steps in one process on the CPU, without `compile`, measures at
+    its start which number of threads is fastest, and records the number in the run folder. This number affects the
+    parameters only by rounding.
 
     Federated training runs one segment, `stretch`, at a time: the first segment without `resume`, later segments with
     `resume`. The model is saved at the end of each segment.
@@ -124,8 +125,8 @@ def held_out_losses(
     """Return each loss by name, and their weighted sum as `total`, on windows of held-out episodes.
 
     The model comes from the run's latest checkpoint; without a checkpoint, the model is untrained. The tensors of
-    `base` then replace the model's tensors, so that bases can be compared. Latents are normalised by the statistics of
-    these windows, as in training.
+    `base` then replace the model's tensors of the same names, so that several bases can be compared with one model.
+    Latents are normalised by the statistics of these windows, as in training.
 
     Raises:
         CheckpointError: the base belongs to a different model, or the checkpoints to a different training run.

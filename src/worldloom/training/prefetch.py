@@ -15,7 +15,7 @@ T = TypeVar("T")
 def prefetch(make: Callable[[int], T], steps: range, *, ahead: int = 2) -> Iterator[Callable[[], T]]:
     """Yield a function that returns `make(step)` for one step after another, computed up to `ahead` steps in advance.
 
-    An error in `make` is raised by the call that would return its result.
+    If `make` raises an error, the call that would return its result raises this error.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     left = iter(steps)

@@ -75,7 +75,7 @@ def make_fabric(config: TrainingConfig) -> "Fabric":
 
 
 def _leave() -> None:
-    """End the communication threads, which would otherwise abort the process at its exit."""
+    """End the communication threads. Without this, they would abort the process when it exits."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -121,8 +121,8 @@ def _no_buffers() -> dict[str, Any]:
 class Ranks:
     """The processes of a Fabric, with synchronisation between them; a single process never waits.
 
-    A rank that fails raises at once, which ends its process and torchrun. Ranks that wait for it raise `TrainingError`
-    within `timeout_minutes`.
+    A rank that fails raises its error at once, which ends its process and torchrun. Ranks that wait for this rank raise
+    `TrainingError` within `timeout_minutes`.
     """
 
     def __init__(self, fabric: "Fabric", timeout_minutes: float) -> None:
@@ -156,7 +156,7 @@ class Ranks:
         return int(numbers.item())
 
     def in_turn(self, work: Callable[[], T], *, ahead: bool) -> T:
-        """Run `work` on every rank, first on the ranks with `ahead` and then on the others.
+        """Run `work` on every rank, first on the ranks with `ahead` and then on the others; return its result.
 
         Raises:
             TrainingError: `work` failed on another rank with `ahead`. The error has the exit code of that rank's error,

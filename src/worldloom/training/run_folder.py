@@ -126,7 +126,7 @@ class RunFolder:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """The provenance from `create`.
+        """The provenance from `create`, and the number of threads from `record_threads`, if any.
 
         Raises:
             StorageError: provenance.json is missing or damaged.

@@ -52,7 +52,7 @@ def load_state(
 ) -> int:
     """Restore the latest valid state into `learner` and `optimizer`, and return the step of this state.
 
-    If a state is damaged, the previous state is used. Without any saved state, nothing is restored and 0 is returned.
+    If a state is damaged, the state before it is used. Without any saved state, nothing is restored and 0 is returned.
 
     Raises:
         CheckpointError: the state's configuration or data differ from `metadata`, or every state is damaged.

@@ -50,9 +50,9 @@ class PatchConv(_Convolutions):
 
 @ENCODERS.register("stemmed-patch-conv")
 class StemmedPatchConv(_Convolutions):
-    """`PatchConv` after a stem. Owners with different cameras need different stems, but can share the other layers.
+    """`PatchConv` after a stem, a small linear map for one owner's camera. Owners can share all other layers.
 
-    The stem mixes the normalised channels and scales frames to `size` (height, width, channels).
+    The stem mixes the normalised channels and scales frames to `size` (height, width, channels); see models/stems.py.
     """
 
     name: Literal["stemmed-patch-conv"] = "stemmed-patch-conv"

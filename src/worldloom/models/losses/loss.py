@@ -16,8 +16,9 @@ from worldloom.core.registry import Registry
 class LossInputs:
     """The inputs of losses: this rank's B windows of N = K+T frames (K of context, T predicted).
 
-    `predictions` are open-loop predictions of the last T frames, `targets` their target latents, and `actions` the
-    normalised blocks between frames. `step` seeds the random numbers of a loss, so that all ranks use the same ones.
+    `predictions` are open-loop predictions of the latents of the last T frames, `targets` the latents that they should
+    equal, and `actions` the normalised blocks between frames. `step` seeds the random numbers of a loss, so that all
+    ranks use the same ones.
     """
 
     latents: Float[Tensor, "B N D"]

@@ -85,8 +85,8 @@ class BoundRules:
         found = self._heads.digests()
         for layer in self.rule_set.layers:
             for file in layer.files:
-                with storage_errors(file), Path(file).open("rb") as opened:
-                    found[f"file {file}"] = hashlib.file_digest(opened, "sha256").hexdigest()
+                with storage_errors(file):
+                    found[f"file {file}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
             for run in layer.peers:
                 found[f"run {run}"] = str(stored_digest(Path(run) / "model" / "model"))
         return found

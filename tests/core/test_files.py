@@ -1,11 +1,13 @@
 import errno
 import os
+from collections import namedtuple
 from pathlib import Path
 
+import psutil
 import pytest
 
 from worldloom.core.errors import StorageError
-from worldloom.core.files import beside, make_private, read_json, storage_errors, write_atomic, write_json
+from worldloom.core.files import beside, make_private, read_json, read_whole, storage_errors, write_atomic, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path: Path) -> None:
@@ -34,6 +36,15 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "value.json", float("nan"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_does_not_fit_into_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "value"
+    path.write_bytes(b"x" * 1001)
+    assert len(read_whole(path)) == 1001
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(1000))
+    with pytest.raises(StorageError, match="more than the free memory"):
+        read_whole(path)
 
 
 @pytest.mark.parametrize("content", [b'{"x": 1, ', b"\xff\xfe\x00", b"9" * 5000, b"[" * 5000 + b"]" * 5000])

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lance
+import pyarrow as pa
 import pytest
 
-from worldloom.core import untrusted
+from worldloom.core import untrusted, untrusted_child
 from worldloom.core.untrusted import HarmfulFile, try_files, written
 
 READ = """
@@ -153,3 +155,19 @@ def test_the_child_does_not_import_torch_and_limits_its_memory(kind: str, tmp_pa
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if line]
     assert said[-3:] == ['done ""', str(2**33), 'ended [0, ""]']
+
+
+def test_a_changed_deletion_file_is_read_although_the_data_files_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lance.write_dataset(pa.table({"a": range(1000)}), tmp_path / "t.lance")
+    lance.dataset(tmp_path / "t.lance").delete("a < 10")
+    (deletions,) = (tmp_path / "t.lance" / "_deletions").iterdir()
+    known = [str(path) for path in untrusted.table_files(tmp_path / "t.lance") if path != deletions]
+    said: list[tuple[str, Any]] = []
+    monkeypatch.setattr(untrusted_child, "say", lambda what, told="": said.append((what, told)))
+    request = {"table": str(tmp_path / "t.lance"), "version": None, "files": [str(deletions)], "known": known}
+    untrusted_child.lance_table(request)
+    assert said[-1] == ("file", str(deletions))
+    untrusted_child.lance_table({**request, "files": [], "known": [*known, str(deletions)]})
+    assert said[-1] == ("file", str(tmp_path / "t.lance"))  # nothing to read but the table itself

@@ -52,7 +52,7 @@ class PushWorld(gymnasium.Env[Any, Any]):
     """A point on a line of pixels and a counter: frames are not square, bounds not symmetric.
 
     `length` ends an episode; `fail` raises and `bad` returns NaN at that step in the environment whose first
-    random number is below `share`.
+    random number is below `share`. `forget` leaves the info `place` out at that step.
     """
 
     observation_space = spaces.Dict(
@@ -63,8 +63,8 @@ class PushWorld(gymnasium.Env[Any, Any]):
     )
     action_space = spaces.Box(np.array([-1, -3], np.float32), np.array([1, 5], np.float32))
 
-    def __init__(self, length: int = 0, fail: int = -1, bad: int = -1, share: float = 1.0) -> None:
-        self.length, self.fail, self.bad, self.share = length, fail, bad, share
+    def __init__(self, length: int = 0, fail: int = -1, bad: int = -1, share: float = 1.0, forget: int = -1) -> None:
+        self.length, self.fail, self.bad, self.share, self.forget = length, fail, bad, share, forget
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -91,7 +91,8 @@ class PushWorld(gymnasium.Env[Any, Any]):
         return {"camera": camera, "state": self.state}
 
     def _info(self) -> dict[str, Any]:
-        return {"time": self.time, "place": self.state * 2, "name": "push", "map": np.zeros((30, 30))}
+        place = {} if self.time == self.forget else {"place": self.state * 2}
+        return {"time": self.time, **place, "name": "push", "map": np.zeros((30, 30))}
 
 
 def register() -> str:

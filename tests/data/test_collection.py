@@ -58,6 +58,7 @@ def test_of_more_episodes_than_are_asked_for_none_is_taken_away_and_that_is_said
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     collect(tmp_path / "logs", **ARGUMENTS)
+    caplog.clear()
     assert len(collect(tmp_path / "logs", **ARGUMENTS)) == 5
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(collect(tmp_path / "logs", **ARGUMENTS | {"episodes": 3})) == 5
@@ -111,6 +112,14 @@ def test_named_labels_are_kept_and_missing_ones_named(tmp_path: Path) -> None:
         collect(tmp_path / "e", **ARGUMENTS, labels=["tine"])
     with pytest.raises(DataError, match="label 'only_on_step' is not one of"):
         collect(tmp_path / "e", **ARGUMENTS, labels=["only_on_step"])
+
+
+def test_an_info_that_is_not_in_every_frame_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = collect(tmp_path / "d", **ARGUMENTS, env_kwargs={"forget": 3})
+    assert dataset.spec.labels == {"time": 1}
+    on_step, place = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert on_step.startswith("episodes 0 to 1, step 1: info 'only_on_step' is missing on reset")
+    assert place.startswith("episodes 0 to 1, step 3: info 'place' is missing")
 
 
 @pytest.mark.parametrize(

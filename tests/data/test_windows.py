@@ -147,7 +147,24 @@ def test_a_mapped_cache_is_the_same_and_is_used_again(
     assert "Decoding the frames again" in caplog.text
     assert np.array_equal(repaired.pixels, cache.pixels)
     with pytest.raises(ValueError, match="read-only"):
-        repaired.pixels[0] = 0  # type: ignore[index]
+        repaired.pixels[:1][:] = 0  # type: ignore[index]
+
+
+@pytest.mark.parametrize("change", ["written", "truncated"])
+def test_a_mapped_cache_that_changes_in_use_is_an_error(dataset: EpisodeDataset, tmp_path: Path, change: str) -> None:
+    mapped = load_cache(dataset, "mmap", directory=tmp_path)
+    sampler = WindowSampler(mapped, context=2, horizon=2, block=2)
+    first = sampler.at(np.arange(4))
+    (file,) = tmp_path.iterdir()
+    replaced = tmp_path / "replaced"
+    replaced.write_bytes(file.read_bytes())
+    replaced.rename(file)  # as another process does that decodes the frames again: the mapped file is unchanged
+    assert_equal(first, sampler.at(np.arange(4)))
+    mapped = load_cache(dataset, "mmap", directory=tmp_path)
+    with file.open("rb+") as opened:
+        opened.truncate(10) if change == "truncated" else opened.write(b"\xff" * 1000)
+    with pytest.raises(DataError, match="was changed by another program while its frames were in use"):
+        WindowSampler(mapped, context=2, horizon=2, block=2).at(np.arange(4))
 
 
 def test_another_content_takes_another_file(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """A small file cannot take all memory: what it would grow to is an error that says what to do."""
 
+import os
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import lance
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -11,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from format_samples import make_store, read_all
 
-from worldloom.core.errors import DataError
-from worldloom.core.untrusted import HarmfulFile, try_files
+from worldloom.core.errors import DataError, StorageError
+from worldloom.core.untrusted import HarmfulFile, table_files, try_files
 from worldloom.data import room_for
 from worldloom.formats import WriteOptions, convert, lerobot_layout
 
@@ -40,6 +42,19 @@ def test_what_numpy_cannot_allocate_is_the_same_error(monkeypatch: pytest.Monkey
         room_for(5, picture, "log")
 
 
+def test_a_file_for_which_there_is_no_memory_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise pa.ArrowMemoryError("malloc of size 9 failed")
+
+    make_store(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "there", target_format="folder")
+    monkeypatch.setattr(pq, "read_table", full)
+    with pytest.raises(DataError, match=r"there needs more memory than is free \(malloc of size 9 failed\)"):
+        convert(tmp_path / "there", tmp_path / "back")
+
+
 def test_a_parquet_file_whose_rows_grow_far_beyond_its_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"text": ["x" * 2**19] * 600}), path)
@@ -48,9 +63,25 @@ def test_a_parquet_file_whose_rows_grow_far_beyond_its_size_is_refused(tmp_path:
         try_files("parquet", [path])
 
 
+def test_a_lance_table_whose_rows_grow_far_beyond_its_size_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.lance"
+    lance.write_dataset(pa.table({"zeros": [b"\0" * 1000] * 100_000}), path, data_storage_version="2.1")
+    assert sum(file.stat().st_size for file in table_files(path)) < 2**16
+    with pytest.raises(HarmfulFile, match="100,000 rows need more than"):
+        try_files("lance", table_files(path), table=path)
+
+
 def test_more_episodes_than_memory_is_for_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_store(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "there", target_format="lerobot-v3")
     monkeypatch.setattr(lerobot_layout, "_MOST_EPISODES", 1)
     with pytest.raises(DataError, match="rows, one per episode; at most 1 are read"):
         read_all("lerobot-v3", tmp_path / "there")
+
+
+def test_a_line_of_any_length_is_not_read_whole(tmp_path: Path) -> None:
+    make_store(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "there", target_format="lerobot-v21")
+    os.truncate(tmp_path / "there" / "meta" / "episodes.jsonl", 2**27)
+    with pytest.raises(StorageError, match=r"line 5 of .*episodes.jsonl is longer than"):
+        read_all("lerobot-v21", tmp_path / "there")

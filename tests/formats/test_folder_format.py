@@ -41,6 +41,7 @@ def film(
     b_frames: int = 3,
 ) -> None:
     """A video whose frames stand at these times (default: ten a second)."""
+    path.parent.mkdir(exist_ok=True)
     frames = shades(count if times is None else len(times)) if frames is None else frames
     times = [index / 10 for index in range(len(frames))] if times is None else times
     with av.open(str(path), "w") as container:
@@ -292,6 +293,23 @@ def test_an_action_that_is_not_finite_skips_its_episode(bad: float | None, tmp_p
     assert spec.action.high == (1.0, 1.0)
     log(tmp_path / "a.csv", **{"action.x": [0.0] * 11 + [bad]})  # the last action is not used
     assert len(read_all(tmp_path)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "values"), [("action.x", [np.nan] * 3 + [1.0] * 9), ("observation.x", [1.7e308, -1.7e308] * 6)]
+)
+def test_a_conversion_that_keeps_no_episode_is_an_error(column: str, values: list[float], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        film(tmp_path / "logs" / f"{name}.mp4")
+        log(tmp_path / "logs" / f"{name}.parquet", **{column: values})
+    why = r"none of the 2 episodes can be converted.*a\.parquet is skipped: .* is not finite.*b\.parquet is skipped"
+    for target in (name for name in FORMATS if FORMATS[name].writable):
+        with pytest.raises(DataError, match=why):  # and no warning of NumPy
+            convert(tmp_path / "logs", tmp_path / "ours", target_format=target)
+        assert [path.name for path in tmp_path.iterdir()] == ["logs"], target
+    log(tmp_path / "logs" / "b.parquet", **{column: [1.0] * 12, "label.x": np.arange(12.0)})
+    log(tmp_path / "logs" / "a.parquet", **{column: [1.0] * 12, "label.x": np.arange(12.0)})
+    assert convert(tmp_path / "logs", tmp_path / "ours").episodes == 2
 
 
 def test_what_is_missing_or_empty_is_noted(tmp_path: Path) -> None:
@@ -674,6 +692,31 @@ def test_a_column_that_is_not_finite_is_named(tmp_path: Path) -> None:
     episodes, notes, _ = read_all(tmp_path)
     assert episodes == []
     assert any("skipped: observation.force has a value that is not finite" in note for note in notes)
+
+
+def test_a_number_that_stands_for_a_missing_value_is_noted(tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4")
+    height, flag, level = np.linspace(0.2, 0.9, 12), np.repeat([0.0, 1.0], 6), np.linspace(0.0, 1.0, 12)
+    level[3:5] = -1
+    dark, far = np.where(np.arange(12) % 5 == 2, -1, 40 + height), np.where(np.arange(12) == 4, -9999, height)
+    arms = pa.FixedSizeListArray.from_arrays(np.stack([height, far], axis=1).ravel(), 2)
+    log(tmp_path / "run.parquet", **{"observation.arms": arms, "observation.dark": dark, "label.level": level})
+    said = [note for note in read_all(tmp_path)[1] if "stands for a missing value" in note]
+    assert [note.split(": ", 2)[2].split(". If")[0] for note in said] == [
+        "observation.arms[1] is -9999 in 1 of 12 rows, far from its other values (0.2 to 0.9)",
+        "observation.dark is -1 in 2 of 12 rows, far from its other values (40.2 to 40.9)",
+        "label 'level' is -1 in 2 of 12 rows, far from its other values (0 to 1)",
+    ]
+    log(tmp_path / "run.parquet", **{"observation.height": height, "observation.flag": flag})
+    assert not any("stands for a missing value" in note for note in read_all(tmp_path)[1])
+
+
+@pytest.mark.timeout(25)
+def test_the_time_for_thousands_of_columns_is_not_quadratic(tmp_path: Path) -> None:
+    columns = {f"action.{number}": np.arange(12.0) for number in range(5000)}
+    log(tmp_path / "run.parquet", **{"action.x": None, "action.y": None, "observation.x": np.arange(12.0), **columns})
+    (episode,), _, _ = read_all(tmp_path, camera="none")
+    assert episode.actions.shape == (11, 5000)
 
 
 def test_of_several_videos_in_a_file_the_first_is_read_and_that_is_said(tmp_path: Path) -> None:

@@ -257,6 +257,11 @@ def shorter_video(path: Path) -> None:
     video.write_video(path / f"videos/{TOP}/chunk-000/file-000.mp4", frames, fps=10.0, crf=18, lossless=False)
 
 
+def slower_video(path: Path) -> None:
+    frames = np.zeros((26, 64, 64, 3), np.uint8)
+    video.write_video(path / f"videos/{TOP}/chunk-000/file-000.mp4", frames, fps=8.0, crf=18, lossless=False)
+
+
 DATA, VIDEO = "data/chunk-000/file-000.parquet", f"videos/{TOP}/chunk-000/file-000.mp4"
 
 
@@ -271,6 +276,7 @@ DATA, VIDEO = "data/chunk-000/file-000.parquet", f"videos/{TOP}/chunk-000/file-0
         (cut(VIDEO), DataError, "file-000.mp4"),
         (cut("meta/info.json"), StorageError, "info.json is not valid JSON"),
         (shorter_video, DataError, "has 6 frames for episode 2; .* its 8 rows"),
+        (slower_video, DataError, r"the video has 8 frames per second and the table 10 rows, .* apart by 0\.25 s in"),
         (
             lambda path: edit_rows("action", lambda v: ["a"] * len(v))(path),
             DataError,

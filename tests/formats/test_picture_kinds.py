@@ -103,6 +103,19 @@ def test_a_deep_goal_is_scaled_like_the_data_or_refused(dtype: Any, tmp_path: Pa
     assert (pixels == 7).all()
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "I;16"])
+def test_a_grey_goal_is_refused_if_the_training_pictures_had_colours(mode: str, tmp_path: Path) -> None:
+    path, values = tmp_path / "goal.png", (0.0, 255.0) if mode == "I;16" else None
+    Image.fromarray(np.arange(32 * 32, dtype=np.uint8).reshape(32, 32)).convert(mode).save(path)
+    pixels = read_picture(path, (32, 32, 3), values=values).pixels
+    assert pixels is not None
+    assert (pixels == pixels[..., :1]).all()
+    with pytest.raises(DataError, match=r"is a grey picture, and the model was trained on pictures with colours"):
+        read_picture(path, (32, 32, 3), values=values, colours=True)
+    Image.open(path).convert("RGB").save(path)
+    assert read_picture(path, (32, 32, 3), colours=True).pixels is not None
+
+
 ARRAYS = {
     "grey": (np.arange(64 * 64).reshape(64, 64) % 256).astype(np.uint8),
     "channels first": (np.arange(3 * 40 * 50).reshape(3, 40, 50) % 256).astype(np.uint8),

@@ -1,3 +1,4 @@
+import re
 from typing import Any
 
 import numpy as np
@@ -237,3 +238,26 @@ def test_counts_without_timestamps(rows: int, more: int) -> None:
         return
     with pytest.raises(DataError, match=f"video has {rows + more} frames and the log {rows} rows"):
         by_count(rows + more, rows, "video")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            clock(404, 20.0) * 1.01,
+            r"may drift apart: both start together.* 20\.3515 s .* 19\.9 s, .*0\.45.*more.*0\.97",
+        ),
+        (clock(397, 20.0) * 0.95, r"may drift apart: .* less\..*multiply the timestamps of the log by 1\.05"),
+        (clock(398, 20.0, 0.5), r"may start late: .* 0\.5 s after the camera.* subtract 0\.5 from"),
+        (clock(398, 20.0, -0.5), r"may start early: .* 0\.5 s before the camera.* subtract -0\.5 from"),
+    ],
+)
+def test_clocks_of_different_rates_that_may_be_wrong_are_named(rows: np.ndarray, said: str) -> None:
+    _, notes = run(clock(200, 10.0), rows)
+    ((_, what),) = [note for note in notes if note[0] == "guessed"]
+    assert re.search(said, what), what
+
+
+@pytest.mark.parametrize("rows", [clock(398, 20.0), clock(401, 20.0), clock(800, 20.0), clock(500, 20.0, -2.0)])
+def test_a_log_that_agrees_with_the_camera_or_is_longer_is_no_clock_error(rows: np.ndarray) -> None:
+    assert not [what for kind, what in run(clock(200, 10.0), rows)[1] if kind == "guessed"]

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,12 @@ def truncate_tensors(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
 
 
+def lengthen_tensors(directory: Path) -> None:
+    """Append a hole of any size, which a small archive can contain."""
+    (path,) = directory.glob("*.safetensors")
+    os.truncate(path, 2**30)
+
+
 def remove_tensors(directory: Path) -> None:
     next(directory.glob("*.safetensors")).unlink()
 
@@ -135,6 +142,7 @@ def truncate_json(directory: Path) -> None:
     [
         (tamper_tensors, "damaged or was changed"),
         (truncate_tensors, "damaged or was changed"),
+        (lengthen_tensors, "it has 1073741824 bytes, and its header states"),
         (remove_tensors, "is missing; restore the file"),
         (truncate_json, "not valid JSON"),
         (edit(format=99), "has format 99; expected format 1"),

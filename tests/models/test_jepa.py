@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.types import Context
 from worldloom.data import Statistics
 from worldloom.heads import Heads
-from worldloom.models import JEPA, JEPAConfig, build_jepa, save_model
+from worldloom.models import JEPA, JEPAConfig, build_jepa, load_model, save_model
 from worldloom.models.encoders import Fusion, PatchConv, VectorMLP, ViT
 from worldloom.models.predictors import MLPPredictor, TransformerPredictor
 from worldloom.testing import check_world_model
@@ -39,6 +41,23 @@ def test_it_is_a_world_model_with_every_encoder(odd_case, encoder) -> None:
 def test_without_an_encoder_the_one_that_suits_the_observation_is_taken(pixel_case, vector_case, odd_case) -> None:
     for case in (pixel_case, vector_case, odd_case):
         check_world_model(build(case, encoder=None).eval())
+
+
+def test_it_knows_whether_the_training_pictures_had_colours(pixel_case, vector_case, tmp_path) -> None:
+    coloured, statistics = build(pixel_case), pixel_case.statistics
+    assert coloured.sees_colours
+    assert not build(vector_case, encoder=None).sees_colours
+    noise = torch.rand_like(statistics.pixel_mean)  # of a lossy video
+    one = slice(None, 1)
+    grey = replace(
+        statistics,
+        pixel_mean=statistics.pixel_mean[..., one] + noise,
+        pixel_std=statistics.pixel_std[..., one] + 0 * noise,
+    )
+    model = build_jepa(coloured.config, pixel_case.observation, pixel_case.action, grey, seed=0)
+    assert not model.sees_colours
+    save_model(tmp_path, coloured)
+    assert load_model(tmp_path).sees_colours
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS, ids=lambda config: f"{config.name}-{getattr(config, 'norm', '')}")

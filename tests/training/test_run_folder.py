@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,13 @@ def test_a_damaged_line_is_named(run) -> None:
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step\n')
     with pytest.raises(StorageError, match=r"line 2 of .*metrics.jsonl is not valid JSON.*delete the line"):
+        run.metrics()
+
+
+def test_a_line_of_any_length_is_not_read_whole(run) -> None:
+    run.log(1, {"loss": 1.0})
+    os.truncate(run.path / "metrics.jsonl", 2**27)
+    with pytest.raises(StorageError, match=r"line 2 of .*metrics.jsonl is longer than"):
         run.metrics()
 
 

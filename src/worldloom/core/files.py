@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from worldloom.core.errors import StorageError, WorldloomError
 from worldloom.core.json_text import parse_json
 from worldloom.core.text import one_line
 from worldloom.core.untrusted import written
 
 _LARGEST_JSON = 2**28  # bytes, far more than the results of the largest evaluation
+_LONGEST_LINE = 2**26  # bytes, far more than the notes of a converted episode
 _SAID = 300  # characters of the cause in a message
 
 
@@ -109,6 +112,37 @@ def read_bytes(path: Path, largest: int) -> bytes:
     if len(content) > largest:
         raise StorageError(f"{path} is larger than {largest} bytes, the limit for this kind of file; check the path")
     return content
+
+
+def read_whole(path: Path) -> bytes:
+    """Read a file of any size for which there is enough free memory.
+
+    Raises:
+        StorageError: the file is missing, unreadable or larger than the free memory.
+    """
+    with storage_errors(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > psutil.virtual_memory().available:
+            raise StorageError(
+                f"{path} has {size / 1e9:.1f} GB, more than the free memory; check the file, or close other programs"
+            )
+        return file.read(size)
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file with their newlines, one at a time, because a file may have any size.
+
+    Raises:
+        StorageError: the file is missing or unreadable, or a line is too long to be one of worldloom's.
+    """
+    with storage_errors(path), path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
+            if len(line) > _LONGEST_LINE:
+                raise StorageError(
+                    f"line {number} of {path} is longer than {_LONGEST_LINE} bytes, so the file is damaged; restore it "
+                    f"from a copy"
+                )
+            yield line
 
 
 def write_document(path: Path, kind: str, values: Mapping[str, Any], *, version: int = 1) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 _SLAB = 2**25  # bytes read at a time
 _MOST_EXPANSION = 2000  # of a file's size by decompression; deflate, the densest common filter, reaches 1032
+MOST_PIXELS = 2**26  # of a picture
 _FRAMES = 8  # of a video that are decoded
 # Other formats start programs (EPS), or name further files or addresses to read (playlists).
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -60,6 +61,13 @@ def check_footer(path: str) -> None:
         raise Harmful("found a footer that points outside of the file")
 
 
+def check_growth(total: int, size: int, rows: int) -> int:
+    """Refuse a table of `size` bytes whose rows so far need far more memory; return `total`, the bytes so far."""
+    if total > _MOST_EXPANSION * size + 2**26:
+        raise Harmful(f"found that its {rows:,} rows need more than {total:,} bytes")
+    return total
+
+
 def lance_table(request: dict[str, Any]) -> None:
     """Read all columns of each fragment of a table that has an unknown file, and check the buffers of its rows."""
     import lance
@@ -73,15 +81,25 @@ def lance_table(request: dict[str, Any]) -> None:
     assert table.schema is not None
     known = {file.rpartition("/")[2] for file in request["known"]}
     for fragment in table.get_fragments():
-        names = [file.path for file in fragment.data_files()]
-        if all(name in known for name in names):
+        names, deletions = [file.path for file in fragment.data_files()], fragment.deletion_file()
+        files = [f"data/{name}" for name in names] + (
+            [f"_deletions/{deletions.rpartition('/')[2]}"] if deletions else []
+        )
+        unknown = [file for file in files if file.rpartition("/")[2] not in known]
+        overlays = getattr(fragment.metadata, "overlays", [])  # unknown to older versions of Lance
+        if files and not unknown and not overlays:
             continue
-        say("file", f"{request['table']}/data/{names[0]}" if names else request["table"])
-        with suppress(Exception):  # the caller finds out which of its files cannot be read
+        say("file", "/".join([request["table"], *unknown[:1]]))
+        try:
             size = sum(Path(request["table"], "data", name).stat().st_size for name in names)
-            rows = rows_at_a_time(fragment.count_rows(), size)
+            total, rows = 0, rows_at_a_time(fragment.count_rows(), size)
             for batch in fragment.to_batches(batch_size=rows, batch_readahead=2):
                 batch.validate(full=True)
+                total = check_growth(total + batch.nbytes, size, fragment.count_rows())
+        except Harmful:
+            raise
+        except Exception:  # the caller finds out which of its files cannot be read
+            pass
 
 
 def refuse_other_files(item: Any) -> None:
@@ -159,7 +177,8 @@ def picture(path: str) -> None:
     from PIL import Image
 
     with Image.open(path, formats=PICTURE_FORMATS) as image:
-        image.load()
+        if image.width * image.height <= MOST_PIXELS:  # the parent refuses a larger picture before it is decoded
+            image.load()
 
 
 def parquet(path: str) -> None:
@@ -169,9 +188,7 @@ def parquet(path: str) -> None:
     file, size, total = pyarrow.parquet.ParquetFile(path), Path(path).stat().st_size, 0
     for batch in file.iter_batches(rows_at_a_time(file.metadata.num_rows, size)):
         batch.validate(full=True)
-        total += batch.nbytes
-        if total > _MOST_EXPANSION * size + 2**26:
-            raise Harmful(f"found that its {file.metadata.num_rows:,} rows need more than {total:,} bytes")
+        total = check_growth(total + batch.nbytes, size, file.metadata.num_rows)
 
 
 READERS: dict[str, Callable[[str], None]] = {"hdf5": hdf5, "video": video, "picture": picture, "parquet": parquet}

@@ -61,8 +61,8 @@ def collect(
 
     An existing dataset with fewer episodes is completed. A dataset with more is returned unchanged, with a warning.
     `labels` names the entries of the environment's infos to keep; None keeps every numeric entry of at most 256 values
-    that is present in all steps. `pictures` says how pictures are stored, if this is not clear from the observation
-    space. Each batch of `num_envs` episodes is one commit.
+    that is present in all frames, and warns about those that some frames lack. `pictures` says how pictures are stored,
+    if this is not clear from the observation space. Each batch of `num_envs` episodes is one commit.
 
     Raises:
         ConfigError: `episodes`, `steps` or `num_envs` is below 1, or `policy` is unknown.

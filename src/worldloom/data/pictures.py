@@ -6,28 +6,32 @@ from pathlib import Path
 import numpy as np
 import psutil
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageMode, ImageOps
 
 from worldloom.core.errors import DataError, WorldloomError
 from worldloom.core.files import storage_errors
 from worldloom.core.picture_layout import PictureOptions, picture_layout
 from worldloom.core.types import Observations
 from worldloom.core.untrusted import try_files
-from worldloom.core.untrusted_child import PICTURE_FORMATS
-
-_MOST_PIXELS = 2**26  # of one picture, before anything is decoded
+from worldloom.core.untrusted_child import MOST_PIXELS, PICTURE_FORMATS
 
 
 def read_picture(
-    path: Path, expected: tuple[int, int, int], *, values: tuple[float, float] | None = None
+    path: Path,
+    expected: tuple[int, int, int],
+    *,
+    values: tuple[float, float] | None = None,
+    colours: bool = False,
 ) -> Observations:
     """Read a picture file as a batch of one observation of shape `expected` (H, W, C).
 
     If the picture has more than 8 bits, `values` are the two values that become 0 and 255, for example depths in mm.
+    A grey picture gets `expected[2]` equal channels, unless `colours` says that the training pictures had colours.
 
     Raises:
         StorageError: the file does not exist or cannot be read.
-        DataError: the file is not a picture, has a different shape, or has more than 8 bits and `values` is not set.
+        DataError: the file is not a picture, has a different shape, has more than 8 bits and `values` is not set, or is
+            grey although the training pictures had colours.
     """
     try_files("picture", [path])
     try:
@@ -38,18 +42,27 @@ def read_picture(
                     f"{path} has {image.mode} values rather than bytes, and the model was trained on bytes. Convert "
                     f"the picture to 8 bits in the same way as the pictures of the training data"
                 )
+            if colours and ImageMode.getmode(image.mode).basemode == "L":
+                raise DataError(
+                    f"{path} is a grey picture, and the model was trained on pictures with colours. Use a picture with "
+                    f"colours; if all of the picture is grey indeed, save it with three channels (RGB)"
+                )
             _turn_upright(image, str(path))
             deep = _deep(image, str(path), values)
             pixels = np.array(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8) if deep is None else deep
     except WorldloomError:
         raise
+    except MemoryError:
+        raise DataError(f"{path} needs more memory than is free; resize the picture") from None
     except Exception as error:  # Pillow raises many types for a damaged file
         raise DataError(f"{path} is not a picture: {error}. Use a PNG of {expected[1]}x{expected[0]}") from None
     pixels = pixels.reshape(1, *pixels.shape[:2], -1)
     if deep is not None:
         pixels = pixels.repeat(expected[2], axis=3)
     if pixels.shape[1:] != expected:
-        raise DataError(f"{path} has shape {pixels.shape[1:]}; the model expects {expected}. Resize the picture")
+        other_size = pixels.shape[1:3] != expected[:2]
+        remedy = "Resize the picture" if other_size else "A file has 1 or 3 channels; use the goals of a protocol"
+        raise DataError(f"{path} has shape {pixels.shape[1:]}; the model expects {expected}. {remedy}")
     return Observations.from_numpy(pixels, None)
 
 
@@ -103,8 +116,8 @@ def room_for(count: int, picture: UInt8[np.ndarray, "H W C"], what: str) -> UInt
 
 def _check_size(image: Image.Image) -> None:
     """Raise `ValueError` if the header states too many pixels; Pillow's own limit is higher."""
-    if image.width * image.height > _MOST_PIXELS:
-        raise ValueError(f"it has {image.width}x{image.height} pixels; at most {_MOST_PIXELS:,} are read")
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"it has {image.width}x{image.height} pixels; at most {MOST_PIXELS:,} are read")
 
 
 def _deep(image: Image.Image, what: str, values: tuple[float, float] | None) -> UInt8[np.ndarray, "H W"] | None:

@@ -1,5 +1,6 @@
 """Recording of one batch of episodes from a vectorised environment."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from worldloom.core.registry import nearest
 from worldloom.core.seams import Policy
 from worldloom.core.types import ActionSpec, Episode, Observations
 from worldloom.envs import VectorWorld
+
+_log = logging.getLogger(__name__)
 
 _LARGEST_LABEL = 256  # values; larger info columns are pictures or maps, kept only if they are requested
 
@@ -26,6 +29,7 @@ class RecordingBatch:
         self._vector = np.empty((size, steps + 1, vector), np.float32) if vector else None
         self._actions = np.empty((size, steps, world.action.size), np.float32)
         self._labels: dict[str, np.ndarray] = {}
+        self._left_out: set[str] = set()  # infos that were found not to be in every frame
         self._frames = np.zeros(size, np.int64)  # complete frames of each episode
         self._ended = np.zeros(size, bool)
         self._terminated = np.zeros(size, bool)
@@ -132,6 +136,7 @@ class RecordingBatch:
             if column is None or column.shape[1] != (expected or store.shape[2]):
                 if self._wanted is None:
                     del self._labels[name]
+                    self._leave_out([name], "missing or has a different size than before")
                     continue
                 raise EnvironmentFailure(
                     f"{self._where(None)}info {name!r} is missing or has a different size than before. Repair the "
@@ -145,11 +150,28 @@ class RecordingBatch:
                     f"leave {name!r} out of the labels"
                 )
             store[rows, self._step] = column
+        if self._wanted is None:
+            small = [name for name, column in labels.items() if column.shape[1] <= _LARGEST_LABEL]
+            self._leave_out(
+                [name for name in small if name not in self._labels.keys() | self._left_out], "missing on reset"
+            )
         if self._pixels is not None and observations.pixels is not None:
             self._pixels[rows, self._step] = observations.pixels.numpy()
         if self._vector is not None and observations.vector is not None:
             self._vector[rows, self._step] = observations.vector.numpy()
         self._frames[rows] = self._step + 1  # last, because the frame counts as complete from here on
+
+    def _leave_out(self, names: list[str], why: str) -> None:
+        """Warn that numeric infos are not stored as labels."""
+        self._left_out.update(names)
+        if names:
+            _log.warning(
+                "%sinfo %s is %s, and is not stored as a label. Repair the environment if it should return this info "
+                "in every frame",
+                self._where(None),
+                ", ".join(map(repr, names)),
+                why,
+            )
 
 
 def _as_stored(actions: Float32[np.ndarray, "R A"], spec: ActionSpec) -> Float32[np.ndarray, "R A"]:

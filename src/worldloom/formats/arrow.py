@@ -86,6 +86,8 @@ def table_errors(path: Path, kind: str) -> Iterator[None]:
     try:
         with storage_errors(path):
             yield
+    except pa.ArrowMemoryError:
+        raise  # the file is not damaged
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as {kind} ({one_line(error)}); restore the file from a copy") from error
 

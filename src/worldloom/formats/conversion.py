@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
-from worldloom.core.files import beside, read_json, require_writable, storage_errors, write_json, write_text
+from worldloom.core.files import beside, lines_of, read_json, require_writable, storage_errors, write_json, write_text
 from worldloom.core.progress import SILENT, Progress, ProgressTask
 from worldloom.core.untrusted import refuse_pointer
 from worldloom.data import check_episode
@@ -35,6 +36,7 @@ from worldloom.formats.format import (
 )
 
 _log = logging.getLogger(__name__)
+_REASONS = 5  # groups of notes in the error for a conversion that keeps no episode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +70,7 @@ class ConversionReport:
 
     def groups(self) -> list[NoteGroup]:
         """Return the groups of notes, in the order of their first notes."""
-        groups: dict[tuple[str, str], list[Note]] = {}
-        for note in self.notes:
-            groups.setdefault((note.kind, re.sub(r"-?\d+(\.\d+)?", "#", note.what)), []).append(note)
-        return [NoteGroup(kind=kind, count=len(same), example=same[0].what) for (kind, _), same in groups.items()]
+        return _groups(self.notes)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values, with the notes and their groups."""
@@ -126,8 +125,8 @@ def convert(
     if the first run did not.
 
     Raises:
-        DataError: the source is damaged, the target belongs to a different conversion, or the target exists and
-            `resume` is false.
+        DataError: the source is damaged, none of its episodes can be converted (the message gives the reasons), the
+            target belongs to a different conversion, or the target exists and `resume` is false.
         ConfigError: an option or the name of a format is wrong.
         StorageError: the source does not exist, or the disk is full; written episodes are kept.
     """
@@ -158,7 +157,7 @@ def convert(
         if resume and (done := journal.finished()) is not None:
             _log.info("%s is complete", target_path)
             return done
-        opening = list(source.notes)
+        opening, new = list(source.notes), not target_path.exists()
         with writer.create(target_path, source.spec, write, resume=resume) as sink:
             resumed = sink.written
             entries = journal.begin(resumed, indices)
@@ -166,7 +165,13 @@ def convert(
             skip = resumed - sum(entry.episodes for entry in entries)
             with progress.task("convert", len(left), "episodes") as task:
                 entries += _carry(source, sink, left, skip, journal, skip_damaged, task)
-            closing = sink.finish()
+            if kept := any(entry.episodes for entry in entries):
+                closing = sink.finish()
+    if not kept:
+        if new:
+            _remove(target_path)
+            journal.discard()
+        raise _nothing_kept(source_path, entries)
     report = ConversionReport(
         source=str(source_path),
         source_format=reader.name,
@@ -289,6 +294,10 @@ class _Journal:
     def finish(self, report: ConversionReport) -> None:
         """Save the report, and delete the journal."""
         write_json(self._report, {"identity": self._identity, "report": report.to_json()})
+        self.discard()
+
+    def discard(self) -> None:
+        """Delete the journal."""
         self._path.unlink(missing_ok=True)
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -296,12 +305,10 @@ class _Journal:
         if not self._path.exists():
             return []
         lines = []
-        with storage_errors(self._path):
-            text = self._path.read_text(encoding="utf-8", errors="replace")
-        for line in text.split("\n"):
+        for line in lines_of(self._path):
             try:
                 lines.append(json.loads(line))
-            except json.JSONDecodeError:
+            except ValueError:
                 break
         return lines
 
@@ -328,6 +335,37 @@ def _indices(episodes: range | None, count: int, path: Path) -> range:
             f"below {count}"
         )
     return episodes
+
+
+def _nothing_kept(source: Path, entries: list[_Entry]) -> DataError:
+    """Return an error that names the reasons why each source episode was left out."""
+    if not entries:
+        return DataError(f"{source} has no episodes to convert; check the path, or select other episodes")
+    groups = _groups([note for entry in entries for note in entry.notes if note.kind in ("skipped", "dropped")])
+    more = [f" (and {group.count - 1} more like this)" if group.count > 1 else "" for group in groups]
+    reasons = "; ".join(
+        f"{group.example.rstrip('.')}{rest}" for group, rest in zip(groups[:_REASONS], more, strict=False)
+    )
+    return DataError(
+        f"{source}: none of the {len(entries)} episodes can be converted, so that no dataset was written. {reasons}. "
+        f"Correct the files, or choose other columns or options"
+    )
+
+
+def _remove(target: Path) -> None:
+    with storage_errors(target):
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+
+def _groups(notes: list[Note]) -> list[NoteGroup]:
+    """Group the notes that differ only in numbers, in the order of their first notes."""
+    groups: dict[tuple[str, str], list[Note]] = {}
+    for note in notes:
+        groups.setdefault((note.kind, re.sub(r"-?\d+(\.\d+)?", "#", note.what)), []).append(note)
+    return [NoteGroup(kind=kind, count=len(same), example=same[0].what) for (kind, _), same in groups.items()]
 
 
 def _unique(notes: list[Note]) -> list[Note]:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float64, Int64, UInt8
 
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.files import read_json, storage_errors, write_json
+from worldloom.core.files import read_json, read_whole, storage_errors, write_json
 from worldloom.core.registry import nearest
 from worldloom.core.types import Episode
 from worldloom.core.untrusted import try_files
@@ -254,7 +254,8 @@ class FolderSource(Source):
         observation = self.choose_vector(observed, numeric)
         labelled = [name for name in names if name == "label" or name.startswith("label.")]
         label = self.choose_labels(sorted(labelled, key=natural), names)
-        left = [name for name in names if name not in {*timestamp, *action, *observation, *label}]
+        used = {*timestamp, *action, *observation, *label}
+        left = [name for name in names if name not in used]
         return _Roles(
             timestamp=timestamp[0] if timestamp else None,
             action=action,
@@ -269,12 +270,12 @@ class FolderSource(Source):
         table, _ = _read_table(file)
         columns = self._roles
         needed = [*columns.action, *columns.observation, *columns.label]
+        there = set(table.column_names)  # once, because a table may have thousands of columns
         for column in [*needed, *([columns.timestamp] if columns.timestamp else [])]:
-            if column not in table.column_names:
-                there = ", ".join(table.column_names)
+            if column not in there:
                 raise DataError(
-                    f"{file} has no column {column!r}, but the first table has this column; got {there}. Use the same "
-                    f"columns in all tables"
+                    f"{file} has no column {column!r}, but the first table has this column; got "
+                    f"{', '.join(table.column_names)}. Use the same columns in all tables"
                 )
         where = str(file)
         for column in sorted(EPISODES.intersection(columns.left, table.column_names)):
@@ -383,7 +384,7 @@ def _files(path: Path, suffixes: Sequence[str]) -> Mapping[str, Path]:
 def _read_table(file: Path) -> tuple[pa.Table, str]:
     """Return a table, and a description of the separator if it is not a comma."""
     with table_errors(file, "a table"):
-        content = file.read_bytes() if file.suffix.lower() == ".csv" else b""
+        content = read_whole(file) if file.suffix.lower() == ".csv" else b""
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty; expected a table with an action column. Restore or remove the file")
         if file.suffix.lower() == ".parquet":

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ ROLES = ("action", "choice", "observation", "label", "camera", "timestamp", "uni
 Kind = Literal["dropped", "repaired", "skipped", "guessed", "info"]
 _MOST_CHOICES = 32  # integers up to this number are taken for choices
 _MOST_NAMED_CHOICES = 4096
+_FEW_VALUES = 5  # a column with at most so many different values holds flags or choices
 _LOST = 0.1  # a rounding error above this share of the median change is noted
 Bounds = tuple[Sequence[float], Sequence[float]]  # low and high, with one value per action dimension
 
@@ -364,8 +366,9 @@ class Source(Closing, ABC):
         return list(default) if named is None else self._existing(named, list(numeric), "numeric column")
 
     def _existing(self, names: Sequence[str], there: Sequence[str], kind: str) -> list[str]:
+        known = set(there)
         for name in names:
-            if name not in there:
+            if name not in known:
                 raise ConfigError(f"{self.path} has no {kind} {name!r}; {nearest(name, there)}")
         return list(names)
 
@@ -480,6 +483,28 @@ class Source(Closing, ABC):
                 )
         return rounded
 
+    def _note_constants(self, name: str, column: Float32[np.ndarray, "N n"], where: str, index: int) -> None:
+        """Add a note about a number, such as -9999 or -1, that may stand for a missing value of a sensor.
+
+        The number is an integer that is at least as far from all other values as these are from each other. Columns
+        with few different values, such as flags, have no such numbers.
+        """
+        for number, values in enumerate(column.T):
+            distinct, counts = np.unique(values.astype(np.float64), return_counts=True)
+            if len(distinct) <= _FEW_VALUES:
+                continue
+            part = f"[{number}]" if column.shape[1] > 1 else ""
+            for place, others in ((0, distinct[1:]), (-1, distinct[:-1])):
+                value = distinct[place]
+                if value == np.rint(value) and np.abs(value - others).min() >= np.ptp(others):
+                    self.note(
+                        "info",
+                        f"{where}: {name}{part} is {value:.10g} in {counts[place]} of {len(values)} rows, far from its "
+                        f"other values ({others[0]:.4g} to {others[-1]:.4g}). If {value:.10g} stands for a missing "
+                        f"value, correct these rows, or leave out the column or the episode.",
+                        index,
+                    )
+
     def encode(self, actions: np.ndarray, where: str) -> np.ndarray:
         """Return actions (n, A) in the form that the spec describes: choices one-hot, and numbers unchanged.
 
@@ -586,6 +611,9 @@ class Source(Closing, ABC):
                 reason = f"{name} has a value that is not finite (missing, NaN or infinite) at step {step}"
                 self.note("skipped", f"{where} is skipped: {reason}.", index)
                 return []
+        for name, column in named.items():
+            if name != "actions":
+                self._note_constants(name, column, where, index)
         frames = None if pixels is None else self.fit(pixels, where)
         try:
             return [
@@ -746,12 +774,20 @@ def add_format(
 def foreign_errors(path: Path, format: str) -> Iterator[None]:
     """Convert each exception to a `DataError` on `path`, except worldloom's own errors and failed assertions.
 
-    Damaged or unusual files cause exceptions of many types in the code that reads them.
+    Damaged or unusual files cause exceptions of many types in the code that reads them. NumPy's warnings are ignored,
+    because values that are not finite are found and noted later.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
     except (WorldloomError, AssertionError):
         raise
+    except MemoryError as error:
+        raise DataError(
+            f"reading {path} needs more memory than is free ({one_line(error)}). Leave out columns, resize pictures "
+            f"with --size HxW, or split the episodes"
+        ) from error
     except Exception as error:
         raise DataError(
             f"{path} does not follow the layout of the format {format!r}, or is damaged ({type(error).__name__}: "

@@ -325,6 +325,12 @@ class PartsSink(Sink):
     def assemble(self, file: Any, episodes: Iterator[Episode]) -> None:
         """Write the format's layout from the episodes, one at a time."""
 
+    def close(self) -> None:
+        """Save pending complete episodes; delete the directory of the parts if there are none."""
+        super().close()
+        with suppress(OSError):  # it has parts, or is deleted already
+            self.parts.rmdir()
+
     def _load(self, number: int) -> Episode:
         with opened_hdf5(self.part(number)) as file:
             return Episode(

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Float64, Int64, UInt8
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
-from worldloom.core.files import read_json, storage_errors
+from worldloom.core.files import read_json, read_whole, storage_errors
 from worldloom.core.types import Episode
 from worldloom.core.untrusted import try_files
 from worldloom.data import decode_picture, resize, room_for, to_rgb
@@ -38,6 +38,7 @@ from worldloom.formats.lerobot_write import LeRobotSinkV2, LeRobotSinkV3
 from worldloom.formats.timebase import Log, aligned_episodes, clock_difference, timestamps, unit_of
 from worldloom.formats.video import FrameStream, frame_times
 
+_SAME_RATE = 1e-3  # largest relative difference of two rates that count as equal
 STATES = ("state", "states", "proprio")  # names of features for the vector if none has the prefix `observation`
 
 
@@ -315,8 +316,7 @@ class LeRobotSource(Source):
                 )
             raise DataError(
                 f"{file} has {count} frames for episode {entry.episode}; expected a frame for each of its "
-                f"{len(wanted)} rows from {wanted[0]:.4g} s to {wanted[-1]:.4g} s. The video is truncated, or "
-                f"does not match the rows; restore both from a copy"
+                f"{len(wanted)} rows from {wanted[0]:.4g} s to {wanted[-1]:.4g} s. {_rates(stamps, wanted)}"
             )
         if self._stream is None or self._stream.path != file:
             if self._stream is not None:
@@ -365,8 +365,7 @@ class LeRobotSource(Source):
             content = value.get("bytes")
             if content is None and value.get("path"):
                 file = inside(self.path, str(value["path"]), self.path / INFO)
-                with storage_errors(file):
-                    content = file.read_bytes()
+                content = read_whole(file)
             picture = resize(to_rgb(decode_picture(content, what, values=self._values))[None], self.options.size)[0]
             if out is None:
                 out = room_for(len(rows), picture, where)
@@ -378,6 +377,19 @@ class LeRobotSource(Source):
             out[place] = picture
         assert out is not None, "an episode has rows"
         return out
+
+
+def _rates(frames: Float64[np.ndarray, "F"], rows: Float64[np.ndarray, "R"]) -> str:
+    """Return a sentence that says whether the rates of frames and rows differ, and what to do."""
+    if min(len(frames), len(rows)) > 1:
+        video, table = (1 / float(np.median(np.diff(times))) for times in (frames, rows))
+        if abs(video / table - 1) > _SAME_RATE:
+            return (
+                f"Their rates differ: the video has {video:.5g} frames per second and the table {table:.5g} rows, so "
+                f"that they drift apart by {abs(1 - table / video):.4g} s in each second. Correct the timestamps and "
+                f"the frame rate in {INFO}, or encode the video again"
+            )
+    return "The video is truncated, or does not match the rows; restore both from a copy"
 
 
 def _fits(bounds: Bounds | None, size: int) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from worldloom.core.errors import DataError
-from worldloom.core.files import read_json, storage_errors
+from worldloom.core.files import lines_of, read_json
 from worldloom.core.untrusted import try_files
 from worldloom.data import DatasetSpec
 from worldloom.formats.arrow import table_errors
@@ -236,14 +236,12 @@ def read_rows(file: Path, *, stats: bool = False) -> list[dict[str, Any]]:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """Return the JSON objects of a file with one object per line."""
-    with storage_errors(file):
-        text = file.read_text(encoding="utf-8", errors="replace")
     lines = []
-    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` also splits at U+2028 inside a text
+    for number, line in enumerate(lines_of(file), 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line.decode("utf-8", errors="replace"))
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{file}: line {number} is not valid JSON ({error}); restore the file from a copy"

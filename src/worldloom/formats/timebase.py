@@ -18,6 +18,7 @@ from worldloom.core.types import Episode
 from worldloom.formats.format import Note, Source
 
 SLACK = 0.1  # tolerance, as a share of the shorter median period
+_DRIFT = 1.25  # ratio of two durations above which one recording is longer, rather than its clock wrong
 STEADY = 1.5  # ratio of the longest to the shortest period above which a rate counts as variable
 
 
@@ -125,7 +126,7 @@ def align(
     notes += more
     camera, log = frame_times[kept_frames], row_times[kept_rows]
 
-    def note(kind: Literal["dropped", "skipped", "info"], what: str) -> None:
+    def note(kind: Literal["dropped", "skipped", "guessed", "info"], what: str) -> None:
         notes.append(Note(kind=kind, what=f"{where}: {what}.", episode=episode))
 
     if len(camera) < 2 or len(log) < 1:
@@ -136,6 +137,8 @@ def align(
     slack = SLACK * min(camera_period, row_period)
     for sentence in [*_irregular("camera", camera, gap), *_irregular("log", log, gap)]:
         note("info", sentence)
+    if (difference := _clock_error(camera, log, max(camera_period, row_period))) is not None:
+        note("guessed", difference)
     stretches: list[AlignedSteps] = []
     in_force = np.zeros(len(camera), bool)
     for rows in _split(log, gap * row_period):
@@ -214,6 +217,33 @@ def clock_difference(rows: Float64[np.ndarray, "n"], frames: Float64[np.ndarray,
         f"their times differ by up to {np.abs(away).max():.4g} s, and by more than half a frame from row {far[0]} on "
         f"(row {rows[far[0]]:.4f} s, frame {frames[far[0]]:.4f} s)"
     )
+
+
+def _clock_error(camera: Float64[np.ndarray, "F"], log: Float64[np.ndarray, "R"], period: float) -> str | None:
+    """Return what the times of a camera and a log suggest about their clocks; None if nothing seems to be wrong.
+
+    Two streams that were recorded together begin and end within two of the longer `period` of each other.
+    """
+    late, end = float(log[0] - camera[0]), float(log[-1] - camera[-1])
+    log_lasts, camera_lasts = (float(times[-1] - times[0]) for times in (log, camera))
+    apart = 2 * period
+    if min(log_lasts, camera_lasts) <= max(apart, abs(late)):  # too short for a comparison, or without an overlap
+        return None
+    if abs(late) <= apart < abs(end) and 1 / _DRIFT <= log_lasts / camera_lasts <= _DRIFT:
+        share = log_lasts / camera_lasts - 1
+        return (
+            f"the clocks of the log and the camera may drift apart: both start together, but the log lasts "
+            f"{log_lasts:.6g} s and the camera {camera_lasts:.6g} s, which is {abs(end):.4g} s ({abs(share):.2%}) "
+            f"{'more' if end > 0 else 'less'}. The times are taken to be right. If both were stopped together, "
+            f"multiply the timestamps of the log by {camera_lasts / log_lasts:.6g}"
+        )
+    if abs(late) > apart >= abs(end - late):
+        return (
+            f"the clock of the log may start {'late' if late > 0 else 'early'}: the log and the camera last equally "
+            f"long, but the log starts {abs(late):.4g} s {'after' if late > 0 else 'before'} the camera. The times are "
+            f"taken to be right. If both were started together, subtract {late:.6g} from the timestamps of the log"
+        )
+    return None
 
 
 def check_pairs(rows: Float64[np.ndarray, "R"], frames: Float64[np.ndarray, "F"], where: str) -> None:

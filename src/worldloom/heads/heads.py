@@ -94,7 +94,8 @@ class Heads:
                 "the model's observation is not only pixels, so a picture cannot be encoded; use a model of pixels only"
             )
         with torch.inference_mode():
-            every = [self.model.encode(read_picture(Path(name), expected).to(self.model.device)) for name in names]
+            pictures = [read_picture(Path(name), expected, colours=self.model.sees_colours) for name in names]
+            every = [self.model.encode(picture.to(self.model.device)) for picture in pictures]
         return torch.cat(every)
 
     def peer(self, run: str) -> JEPA:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from worldloom.core.config import Shape, check_shape
 from worldloom.core.errors import CheckpointError, ConfigError, StorageError
-from worldloom.core.files import read_json, reading, storage_errors, write_atomic, write_json
+from worldloom.core.files import read_json, read_whole, reading, storage_errors, write_atomic, write_json
+from worldloom.core.json_text import parse_json
 from worldloom.core.names import PathName
 from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.data import Statistics
@@ -27,6 +28,7 @@ from worldloom.models.size import shapes_of
 
 FORMAT = 1
 _MODEL = "world-model"
+_LONGEST_HEADER = 100_000_000  # bytes, as in safetensors
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -166,12 +168,18 @@ def build_from(tensors: Mapping[str, Tensor], build: Callable[[], ModuleT], stem
 def _read(stem: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     body = _read_body(stem, kind)
     path = stem.parent / body["tensors"]
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; restore the file from a copy, or use an earlier checkpoint")
     try:
-        payload = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing; restore the file from a copy, or use an earlier checkpoint"
-        ) from None
+        stated, size = _stated_size(path), path.stat().st_size
+        if stated is not None and stated != size:  # before a file of any size is read
+            raise CheckpointError(
+                f"{path} is damaged or was changed: it has {size} bytes, and its header states {stated}. Restore the "
+                f"file from a copy, or train again"
+            )
+        payload = read_whole(path)
+    except StorageError as error:
+        raise CheckpointError(str(error)) from None
     if _digest(payload) != body["digest"]:
         raise CheckpointError(
             f"{path} is damaged or was changed: its digest differs from the digest in {_json_path(stem)}. Restore both "
@@ -183,6 +191,18 @@ def _read(stem: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(
             f"{path} is not a safetensors file ({error}); restore the file from a copy, or train again"
         ) from None
+
+
+def _stated_size(path: Path) -> int | None:
+    """Return the size of a safetensors file according to its header; None if the header is damaged."""
+    with storage_errors(path), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, _LONGEST_HEADER))
+    try:
+        tensors = [tensor for name, tensor in parse_json(header).items() if name != "__metadata__"]
+        return int(8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0))
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None
 
 
 def _read_body(stem: Path, kind: str | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from worldloom.core.seeds import seeded_weights
 from worldloom.core.types import ActionSpec, Context, ModelSpec, Observations, ObservationSpec, Windows
 from worldloom.data import Statistics
 from worldloom.models.encoders import EncoderField, PatchConv, default_encoder
-from worldloom.models.normalisation import LatentNorm, Standardise
+from worldloom.models.normalisation import LatentNorm, PixelNormalisation, Standardise
 from worldloom.models.predictors import MLPPredictor, Predictor, PredictorField
 from worldloom.models.size import check_size
 from worldloom.models.stems import ActionStem
@@ -88,6 +88,12 @@ class JEPA(nn.Module):
             and ours.keys() == theirs.keys()
             and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
         )
+
+    @property
+    def sees_colours(self) -> bool:
+        """Whether the training pictures had colours; False if the encoder does not normalise pixels."""
+        parts = [part for part in self.encoder.modules() if isinstance(part, PixelNormalisation)]
+        return any(part.colours for part in parts)
 
     @property
     def device(self) -> torch.device:

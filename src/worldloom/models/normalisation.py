@@ -8,6 +8,7 @@ from torch.nn import functional
 from worldloom.models.distributed import mean_over_ranks, world_size
 
 _CHUNK = 2**19  # pixels turned to floats at a time on a CPU, so that they stay in its cache
+_COLOURED = 2.0  # grey levels (of 255) between the means or the deviations of two channels
 _MOMENTUM, _EPSILON = 0.1, 1e-5  # of the batch norm of latents
 
 
@@ -42,6 +43,13 @@ class PixelNormalisation(nn.Module):
         """The height, width and channels of the padded frames."""
         height, width, channels = self.scale.shape
         return height, width, channels
+
+    @property
+    def colours(self) -> bool:
+        """Whether the channels of the training frames differ by more than the loss of a video, so they had colours."""
+        std = 1 / self.scale[self.scale[..., 0] > 0]  # without the padding
+        mean = -self.shift[self.scale[..., 0] > 0] * std
+        return any(bool((each.amax(1) - each.amin(1) > _COLOURED).any()) for each in (mean, std))
 
     def forward(self, pixels: UInt8[Tensor, "R H W C"]) -> Float[Tensor, "R C Hp Wp"]:
         """Return normalised frames, with channels first in the shape and channels last in memory."""

@@ -23,6 +23,7 @@ from worldloom.core.config import Shape, check_shape
 from worldloom.core.errors import StorageError, TrainingError
 from worldloom.core.files import (
     exclusive_lock,
+    lines_of,
     read_document,
     read_json,
     storage_errors,
@@ -199,10 +200,8 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.is_file():
             return []
-        with storage_errors(path):
-            content = path.read_bytes()
         lines: list[dict[str, Any]] = []
-        for number, line in enumerate(content.splitlines(keepends=True), 1):
+        for number, line in enumerate(lines_of(path), 1):
             if line.endswith(b"\n"):
                 try:
                     lines.append(parse_json(line))

@@ -12,7 +12,6 @@ from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import read_json, storage_errors, write_json
 from worldloom.core.types import Goal, Observations
-from worldloom.data import read_picture
 from worldloom.deploy import ControlReport, Link, draw_timeline
 from worldloom.workflow.run import Run
 
@@ -32,7 +31,7 @@ def read_goal(run: Run, path: Path) -> Goal:
     """
     spec = run.model.spec.observation
     if path.suffix.lower() != ".json":
-        goal = read_picture(path, spec.pixels, values=run.picture_values) if spec.pixels is not None else None
+        goal = run.read_picture(path) if spec.pixels is not None else None
         if goal is None or spec.vector:
             raise DataError(
                 f"the goal {path} is not JSON, but the model expects a vector of {spec.vector} values; write the "
@@ -53,7 +52,7 @@ def read_goal(run: Run, path: Path) -> Goal:
         if not np.isfinite(vector).all():
             raise DataError(f"the vector in {path} has numbers above {np.finfo(np.float32).max:g}; correct them")
     if stated.pixels is not None and spec.pixels is not None:
-        pixels = read_picture(path.parent / stated.pixels, spec.pixels, values=run.picture_values).pixels
+        pixels = run.read_picture(path.parent / stated.pixels).pixels
     goal = Observations.from_numpy(None if pixels is None else pixels.numpy(), None if vector is None else vector[None])
     spec.check(goal)
     return Goal(observations=goal)

@@ -17,7 +17,7 @@ from worldloom.core.files import read_json
 from worldloom.core.picture_layout import PictureOptions
 from worldloom.core.seams import Agent
 from worldloom.core.types import Episode, Observations
-from worldloom.data import EpisodeDataset
+from worldloom.data import EpisodeDataset, read_picture
 from worldloom.evaluation import PROTOCOLS, Protocol, default_protocol
 from worldloom.guardrails import BoundRules, RuleSet
 from worldloom.heads import Heads
@@ -152,6 +152,16 @@ class Run:
     def model(self) -> JEPA:
         """The world model."""
         return load_model(self.folder.model_directory, self.device)
+
+    def read_picture(self, path: Path) -> Observations:
+        """Read a picture file as one observation of the model's pixels, converted like the training pictures.
+
+        Raises:
+            StorageError, DataError: see `data.read_picture`.
+        """
+        expected = self.model.spec.observation.pixels
+        assert expected is not None, "the model has no pixels"
+        return read_picture(path, expected, values=self.picture_values, colours=self.model.sees_colours)
 
     @cached_property
     def heads(self) -> Heads:

@@ -11,7 +11,6 @@ from worldloom.core.files import require_writable
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.registry import nearest
 from worldloom.core.types import Goal, Observations
-from worldloom.data import read_picture
 from worldloom.evaluation import PROTOCOLS, Worlds, draw_tasks
 from worldloom.workflow.run import Run
 from worldloom.workflow.session import Session, fast_planning, session_of
@@ -96,7 +95,7 @@ def _picture(run: Run, path: Path) -> Observations:
             "the model observes a vector, so pictures alone cannot define start and goal; take both from a protocol "
             "with --protocol"
         )
-    return read_picture(path, expected, values=run.picture_values)
+    return run.read_picture(path)
 
 
 def _drawn(session: Session, protocol: str | None, split: str | None, episode: int) -> tuple[Observations, Goal]:

@@ -142,28 +142,6 @@ def test_a_key_that_is_trusted_for_one_layer_does_not_speak_as_another(tmp_path:
         read_rules([path], trusted={f"community:{public}", f"site:{public}"})
 
 
-@pytest.mark.parametrize(
-    "stated",
-    [
-        "guardrails: {never: {name: unlike, pictures: [PICTURE], distance: 2}}",
-        "objectives: {rather not: {name: avoid, rail: {name: unlike, pictures: [PICTURE], distance: 2}}}",
-    ],
-)
-def test_a_forbidden_picture_cannot_be_exchanged(tmp_path: Path, stated: str) -> None:
-    picture = tmp_path / "fire.png"
-    picture.write_bytes(b"a fire")
-    path = write(tmp_path, "policy.yaml", f"owner: Acme Works\n{stated.replace('PICTURE', str(picture))}\n")
-    owner = make_key(tmp_path / "owner.pem")
-    sign_file(path, tmp_path / "owner.pem", Domain.RULE_LAYER)
-    with pytest.raises(StorageError, match=r"fire\.png is not signed"):
-        read_rules([path], trusted={owner})
-    sign_file(picture, tmp_path / "owner.pem", Domain.PICTURE)
-    assert read_rules([path], trusted={owner}).layers[0].files == [str(picture)]
-    picture.write_bytes(b"a meadow")
-    with pytest.raises(DataError, match=r"fire\.png does not match the signature"):
-        read_rules([path], trusted={owner})
-
-
 def test_a_file_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     path.symlink_to("/dev/zero")

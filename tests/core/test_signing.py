@@ -63,8 +63,9 @@ def test_a_key_that_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypa
 def test_a_damaged_key_of_the_user_is_told_with_its_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setenv("WORLDLOOM_STATE", str(tmp_path))
-    path = tmp_path / "key.pem"
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    path = tmp_path / "worldloom" / "key.pem"
+    path.parent.mkdir()
     if kind == "folder":
         path.mkdir()
     elif kind == "link to nothing":
@@ -89,6 +90,28 @@ def test_a_key_that_others_can_read_is_refused_with_the_command_that_helps(tmp_p
         SigningKey(path)
     path.chmod(0o600)
     SigningKey(path)
+
+
+def test_users_who_share_their_state_have_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLDLOOM_STATE", str(tmp_path / "shared"))
+    keys = set()
+    make_key(tmp_path / "shared" / "key.pem")  # as another user could
+    for user in ("ann", "ben"):
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / user))
+        assert own_public_key() is None
+        keys.add(own_key().public)
+    assert len(keys) == 2
+
+
+def test_a_key_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    own_key()
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with pytest.raises(
+        StorageError, match=rf"belongs to the user with the number {user}, .* your own number, {user + 1}"
+    ):
+        own_public_key()
 
 
 @given(st.data())

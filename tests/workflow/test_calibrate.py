@@ -250,7 +250,7 @@ def test_margins_of_another_user_count_if_their_key_is_trusted(calibrated: Path,
             margins_of(Run.open(calibrated, trusted=trusted), "per candidate")
     for trusted in ({other}, {f"operator:{other}"}, None):
         assert margins_of(Run.open(calibrated, trusted=trusted), "per candidate") is not None
-    monkeypatch.setenv("WORLDLOOM_STATE", str(tmp_path / "empty"))  # a user who has never calibrated
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "empty"))  # a user who has never calibrated
     assert margins_of(Run.open(calibrated, trusted={other}), "per candidate") is not None
     assert not (tmp_path / "empty").exists()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from worldloom.core.chain import canonical
 from worldloom.core.errors import DataError
-from worldloom.guardrails.newest import NewestVersions, Seen
+from worldloom.guardrails.newest_versions import NewestVersions, Seen
 
 _RECORD = NewestVersions("rule-versions.json", kind="worldloom rule versions", contents="rule sets")
 

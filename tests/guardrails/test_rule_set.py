@@ -103,6 +103,15 @@ def test_no_stack_of_layers_says_less_than_one_of_them(
     assert [one.rail.limit for one in policy.stated()] == ([min(limits)] if limits else [])
 
 
+@pytest.mark.parametrize("other", ["sl\u043ew", "slow\u200d", "\uff53low", "slow "])
+@pytest.mark.parametrize("part", ["guardrails", "objectives"])
+def test_titles_that_look_the_same_are_not_two_rules(other: str, part: str) -> None:
+    upper = layer("operator", guardrails={"slow": {"name": "magnitude", "limit": 1}})
+    rule = {"name": "magnitude", "limit": 9} if part == "guardrails" else {"name": "effort"}
+    with pytest.raises(ConfigError, match=r"looks like the title 'slow' in the operator layer, but differs from it"):
+        RuleSet(layers=(upper, layer("site", **{part: {other: rule}})))
+
+
 def test_the_uppermost_fallback_is_taken() -> None:
     policy = RuleSet(layers=(layer("operator"), layer("site", fallback={"name": "stop", "action": [0.0]})))
     assert policy.fallback == Stop(action=(0.0,))

@@ -13,6 +13,7 @@ from worldloom.core.config import Config
 from worldloom.core.errors import CheckpointError, ConfigError, DataError
 from worldloom.core.files import read_bytes
 from worldloom.core.signing import Domain, SignedFile, read_signed, sign_file
+from worldloom.core.text import comparable
 from worldloom.core.yaml_config import parse_yaml, read_yaml
 from worldloom.guardrails.fallback import Fallback, FallbackField
 from worldloom.guardrails.objective_configs import ObjectiveConfig, ObjectiveField
@@ -76,8 +77,8 @@ class RuleSet:
     `parts` are the signed digests of the pictures and runs that the layers name; see `part_digests`.
 
     Raises:
-        ConfigError: the layers are out of order, one loosens a layer above it, or a guardrail forbids the action that a
-            fallback declares; the message names the layers and the rule.
+        ConfigError: the layers are out of order, one loosens a layer above it, two titles look the same but differ, or
+            a guardrail forbids the action that a fallback declares; the message names the layers and the rule.
     """
 
     layers: tuple[RuleLayer, ...]
@@ -93,6 +94,7 @@ class RuleSet:
                 f"{', '.join(layer.layer for layer in self.layers)}. Pass the files in "
                 f"the expected order, and set 'layer' in each file (default: operator)"
             )
+        _check_titles(self.layers)
         for place, lower in enumerate(self.layers):
             for upper in self.layers[:place]:
                 _check_tightens(lower, upper)
@@ -149,6 +151,20 @@ def _check_tightens(lower: RuleLayer, upper: RuleLayer) -> None:
         raise loosens("the fallback", lower.fallback.name, upper.fallback.name)
     if again := sorted(lower.objectives.keys() & upper.objectives.keys()):
         raise loosens(f"the objective {again[0]!r}", "a definition of its own", "one already")
+
+
+def _check_titles(layers: Sequence[RuleLayer]) -> None:
+    """Raise an error if a person could take the title of one rule for that of another one."""
+    known: dict[str, tuple[str, str]] = {}
+    for layer in layers:
+        for title in (*layer.guardrails, *layer.objectives):
+            first, where = known.setdefault(comparable(title), (title, layer.layer))
+            if first != title:
+                raise ConfigError(
+                    f"the title {title!a} in the {layer.layer} layer of {layer.owner!r} looks like the title {first!a} "
+                    f"in the {where} layer, but differs from it. Use the same title for the same rule, and titles that "
+                    f"people can tell apart for different rules"
+                )
 
 
 def keys_for(layer: str, trusted: Collection[str]) -> set[str]:

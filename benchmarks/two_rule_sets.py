@@ -22,10 +22,10 @@ from worldloom.cli.console import print_table, progress
 from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware, set_threads
 from worldloom.core.seams import Agent
-from worldloom.core.signing import Domain, make_key, sign_file
+from worldloom.core.signing import make_key
 from worldloom.envs import Frame
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
-from worldloom.guardrails import read_rules
+from worldloom.guardrails import read_rules, sign_rules
 from worldloom.recipes import load_recipe
 from worldloom.workflow import Run, Session, calibrate
 
@@ -125,7 +125,7 @@ def signed(text: str) -> Any:
         path, key = Path(folder) / "policy.yaml", Path(folder) / "key.pem"
         path.write_text(text)
         public = make_key(key)
-        sign_file(path, key, Domain.RULE_LAYER)
+        sign_rules(path, key)
         return read_rules([path], trusted={public})
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from forging import contribution
 
-os.environ["WORLDLOOM_STATE"] = tempfile.mkdtemp(prefix="worldloom-state-")  # not the user's own
+os.environ["XDG_STATE_HOME"] = os.environ["WORLDLOOM_STATE"] = tempfile.mkdtemp(prefix="worldloom-state-")
 
 settings.register_profile("worldloom", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("worldloom")

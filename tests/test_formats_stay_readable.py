@@ -6,6 +6,7 @@ signed, and ledgers of versions 1 and 2, because members did not sign their cont
 the content with `expected.json` within a tolerance, because processors round differently.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,13 @@ def read_rule_set(files: Path) -> dict[str, Any]:
     return {"fingerprint": rules.fingerprint, "titles": rules.titles, "risk": rules.risk}
 
 
+def read_rules_with_a_picture(files: Path) -> dict[str, Any]:
+    """The layer names its picture relative to the working directory."""
+    with contextlib.chdir(files / "rules-with-a-picture"):
+        rules = read_rules(["rules.yaml"], trusted=[read_json(Path("rules.yaml.sig"))["key"]])
+    return {"fingerprint": rules.fingerprint, "parts": dict(rules.parts)}
+
+
 def read_rule_versions(files: Path) -> dict[str, Any]:
     """The record knows version 3 of the rule layer, so version 2 is refused."""
     rules, key = files / "rules" / "rules.yaml", read_json(files / "rules" / "rules.yaml.sig")["key"]
@@ -173,6 +181,7 @@ READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 SECOND: dict[str, Callable[[Path], dict[str, Any]]] = {
     "rule set": read_rule_set,
+    "rule set with a picture": read_rules_with_a_picture,
     "margins": read_margins,
     "rule versions": read_rule_versions,
     "constitution": read_signed_constitution,

@@ -7,7 +7,16 @@ import psutil
 import pytest
 
 from worldloom.core.errors import StorageError
-from worldloom.core.files import beside, make_private, read_json, read_whole, storage_errors, write_atomic, write_json
+from worldloom.core.files import (
+    beside,
+    exclusive_lock,
+    make_private,
+    read_json,
+    read_whole,
+    storage_errors,
+    write_atomic,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path: Path) -> None:
@@ -82,6 +91,39 @@ def test_a_folder_with_content_keeps_its_permissions(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="other users may use"):
         make_private(tmp_path)
     assert tmp_path.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_folder_of_another_user_is_not_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir(mode=0o755)
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with pytest.raises(StorageError, match="belongs to the user with the number"):
+        make_private(tmp_path / "empty")
+    assert (tmp_path / "empty").stat().st_mode & 0o777 == 0o755
+
+
+def test_every_user_of_a_folder_can_use_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened = tmp_path / "lock", os.open
+    before = os.umask(0o077)
+    try:
+        with exclusive_lock(path, None):
+            pass
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+    def as_another_user(name: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_RDWR or (flags & os.O_CREAT and not flags & os.O_EXCL):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(name, flags, mode)
+
+    monkeypatch.setattr(os, "open", as_another_user)
+    with (
+        exclusive_lock(path, None),
+        pytest.raises(RuntimeError, match="busy"),
+        exclusive_lock(path, RuntimeError("busy")),
+    ):
+        pass
 
 
 def test_folders_and_devices_are_not_replaced(tmp_path: Path) -> None:

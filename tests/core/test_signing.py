@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.signing import Domain, SigningKey, make_key, read_signed, sign_file, signature_path, verified
+from worldloom.core.signing import (
+    Domain,
+    SignedFile,
+    SigningKey,
+    make_key,
+    read_signed,
+    sign_file,
+    signature_path,
+    verified,
+)
 from worldloom.core.user_state import own_key, own_public_key
 
 
@@ -25,7 +34,8 @@ def signed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_what_was_signed_is_read_with_its_signer(signed: tuple[Path, str]) -> None:
     path, public = signed
-    assert read_signed(path, [public.upper()], Domain.RULE_LAYER) == (path.read_bytes(), public)
+    expected = SignedFile(content=path.read_bytes(), key=public, parts={})
+    assert read_signed(path, [public.upper()], Domain.RULE_LAYER) == expected
 
 
 def test_a_secret_key_is_for_its_owner_alone_and_never_written_over(tmp_path: Path) -> None:
@@ -53,8 +63,9 @@ def test_a_key_that_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypa
 def test_a_damaged_key_of_the_user_is_told_with_its_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setenv("WORLDLOOM_STATE", str(tmp_path))
-    path = tmp_path / "key.pem"
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    path = tmp_path / "worldloom" / "key.pem"
+    path.parent.mkdir()
     if kind == "folder":
         path.mkdir()
     elif kind == "link to nothing":
@@ -79,6 +90,28 @@ def test_a_key_that_others_can_read_is_refused_with_the_command_that_helps(tmp_p
         SigningKey(path)
     path.chmod(0o600)
     SigningKey(path)
+
+
+def test_users_who_share_their_state_have_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLDLOOM_STATE", str(tmp_path / "shared"))
+    keys = set()
+    make_key(tmp_path / "shared" / "key.pem")  # as another user could
+    for user in ("ann", "ben"):
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / user))
+        assert own_public_key() is None
+        keys.add(own_key().public)
+    assert len(keys) == 2
+
+
+def test_a_key_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    own_key()
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with pytest.raises(
+        StorageError, match=rf"belongs to the user with the number {user}, .* your own number, {user + 1}"
+    ):
+        own_public_key()
 
 
 @given(st.data())
@@ -108,7 +141,7 @@ def test_a_changed_signature_is_refused(signed: tuple[Path, str], data: st.DataO
     except ValueError:
         same = False
     if same or changed.lower() == text:
-        assert read_signed(other, [public], Domain.RULE_LAYER)[1] == public
+        assert read_signed(other, [public], Domain.RULE_LAYER).key == public
     else:
         with pytest.raises((DataError, StorageError)):
             read_signed(other, [public], Domain.RULE_LAYER)
@@ -180,5 +213,5 @@ def test_a_file_signed_for_one_purpose_serves_no_other(signed: tuple[Path, str])
     with pytest.raises(DataError, match="does not match the signature"):
         read_signed(relabelled, [public], Domain.DATA_CARD)
     with pytest.raises(DataError, match="already signed as 'rule layer'"):  # signing must not destroy another signature
-        sign_file(path, path.with_name("secret.pem"), Domain.PICTURE)
+        sign_file(path, path.with_name("secret.pem"), Domain.DATA_CARD)
     assert where.read_text() == before

@@ -75,7 +75,7 @@ def test_a_signed_card_is_believed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["none", "changed", "unsigned", "stranger", "other data", "other owner", "no card", "picture"]
+    "case", ["none", "changed", "unsigned", "stranger", "other data", "other owner", "no card", "other domain"]
 )
 def test_what_cannot_be_trusted_is_private_and_says_why(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str
@@ -95,10 +95,10 @@ def test_what_cannot_be_trusted_is_private_and_says_why(
         trusted, said = {}, "not a trusted key"
     elif case == "other owner":
         said = "bolt signed the card"
-    elif case == "picture":  # as if a rule layer of its owner had listed the card as a picture
+    elif case == "other domain":  # as if its owner had signed the card as a rule layer
         path.with_name(f"{path.name}.sig").unlink()
-        sign_file(path, tmp_path / "key.pem", Domain.PICTURE)
-        said = "signed as 'picture'; expected 'data card'"
+        sign_file(path, tmp_path / "key.pem", Domain.RULE_LAYER)
+        said = "signed as 'rule layer'; expected 'data card'"
     elif case == "no card":
         path.write_bytes(b"title: \xff")
         sign_file(path, tmp_path / "key.pem", Domain.DATA_CARD)

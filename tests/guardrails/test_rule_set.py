@@ -103,6 +103,15 @@ def test_no_stack_of_layers_says_less_than_one_of_them(
     assert [one.rail.limit for one in policy.stated()] == ([min(limits)] if limits else [])
 
 
+@pytest.mark.parametrize("other", ["sl\u043ew", "slow\u200d", "\uff53low", "slow "])
+@pytest.mark.parametrize("part", ["guardrails", "objectives"])
+def test_titles_that_look_the_same_are_not_two_rules(other: str, part: str) -> None:
+    upper = layer("operator", guardrails={"slow": {"name": "magnitude", "limit": 1}})
+    rule = {"name": "magnitude", "limit": 9} if part == "guardrails" else {"name": "effort"}
+    with pytest.raises(ConfigError, match=r"looks like the title 'slow' in the operator layer, but differs from it"):
+        RuleSet(layers=(upper, layer("site", **{part: {other: rule}})))
+
+
 def test_the_uppermost_fallback_is_taken() -> None:
     policy = RuleSet(layers=(layer("operator"), layer("site", fallback={"name": "stop", "action": [0.0]})))
     assert policy.fallback == Stop(action=(0.0,))
@@ -140,28 +149,6 @@ def test_a_key_that_is_trusted_for_one_layer_does_not_speak_as_another(tmp_path:
     assert read_rules([path], trusted={f"operator:{public}"}).risk == 0.05
     with pytest.raises(DataError, match="is a layer of the operator"):
         read_rules([path], trusted={f"community:{public}", f"site:{public}"})
-
-
-@pytest.mark.parametrize(
-    "stated",
-    [
-        "guardrails: {never: {name: unlike, pictures: [PICTURE], distance: 2}}",
-        "objectives: {rather not: {name: avoid, rail: {name: unlike, pictures: [PICTURE], distance: 2}}}",
-    ],
-)
-def test_a_forbidden_picture_cannot_be_exchanged(tmp_path: Path, stated: str) -> None:
-    picture = tmp_path / "fire.png"
-    picture.write_bytes(b"a fire")
-    path = write(tmp_path, "policy.yaml", f"owner: Acme Works\n{stated.replace('PICTURE', str(picture))}\n")
-    owner = make_key(tmp_path / "owner.pem")
-    sign_file(path, tmp_path / "owner.pem", Domain.RULE_LAYER)
-    with pytest.raises(StorageError, match=r"fire\.png is not signed"):
-        read_rules([path], trusted={owner})
-    sign_file(picture, tmp_path / "owner.pem", Domain.PICTURE)
-    assert read_rules([path], trusted={owner}).layers[0].files == [str(picture)]
-    picture.write_bytes(b"a meadow")
-    with pytest.raises(DataError, match=r"fire\.png does not match the signature"):
-        read_rules([path], trusted={owner})
 
 
 def test_a_file_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:

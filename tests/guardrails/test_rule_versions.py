@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.signing import Domain, make_key, sign_file
-from worldloom.guardrails import RuleSet, read_rules
+from worldloom.guardrails import RuleSet, read_rules, sign_rules
 
 LAYER = """
 owner: Acme
@@ -66,10 +66,9 @@ def test_one_version_has_one_content(owner: Owner) -> None:
 def test_a_picture_is_part_of_a_version(owner: Owner) -> None:
     path, picture = owner.folder / "site.yaml", owner.folder / "fire.png"
     path.write_text(f"owner: Acme\nversion: 1\nguardrails: {{n: {{name: unlike, pictures: [{picture}], distance: 1}}}}")
-    sign_file(path, owner.folder / "key.pem", Domain.RULE_LAYER)
     for content, accepted in ((b"a fire", True), (b"a meadow", False)):  # both signed by the owner
         picture.write_bytes(content)
-        sign_file(picture, owner.folder / "key.pem", Domain.PICTURE)
+        sign_rules(path, owner.folder / "key.pem")
         if accepted:
             owner.read(path)
     with pytest.raises(DataError, match="differs from the version 1"):

@@ -250,9 +250,71 @@ def test_margins_of_another_user_count_if_their_key_is_trusted(calibrated: Path,
             margins_of(Run.open(calibrated, trusted=trusted), "per candidate")
     for trusted in ({other}, {f"operator:{other}"}, None):
         assert margins_of(Run.open(calibrated, trusted=trusted), "per candidate") is not None
-    monkeypatch.setenv("WORLDLOOM_STATE", str(tmp_path / "empty"))  # a user who has never calibrated
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "empty"))  # a user who has never calibrated
     assert margins_of(Run.open(calibrated, trusted={other}), "per candidate") is not None
     assert not (tmp_path / "empty").exists()
+
+
+def test_older_margins_are_not_put_back(calibrated: Path) -> None:
+    path = margins_path(Run.open(calibrated), "per candidate")
+    older = path.read_text()
+    assert margins_of(Run.open(calibrated), "per candidate") is not None
+    calibrate(Run.open(calibrated), method="per candidate")
+    newer = path.read_text()
+    signed_again(path, own_key(), time=0)  # as an older version of worldloom signed
+    for content in (older, path.read_text(), newer.replace('"usual": 1.0', '"usual": 1.5')):
+        path.write_text(content)
+        with pytest.raises(StorageError, match="newer margins of this run were used before|was changed after"):
+            margins_of(Run.open(calibrated), "per candidate")
+    path.write_text(newer)
+    signed_again(path, own_key(), usual=2.0)  # of the same second
+    with pytest.raises(StorageError, match=r"newer margins of this run were used before\. Run 'worldloom calibrate'"):
+        margins_of(Run.open(calibrated), "per candidate")
+    path.write_text(newer)
+    assert margins_of(Run.open(calibrated), "per candidate") is not None
+
+
+def test_margins_that_are_read_first_elsewhere_are_remembered_there(
+    calibrated: Path, tmp_path: Path, monkeypatch
+) -> None:
+    path = margins_path(Run.open(calibrated), "per candidate")
+    older = path.read_text()
+    assert margins_of(Run.open(calibrated), "per candidate") is not None
+    calibrate(Run.open(calibrated), method="per candidate")
+    newer = path.read_text()
+    monkeypatch.setenv("WORLDLOOM_STATE", str(tmp_path / "another machine"))
+    for content in (older, newer):
+        path.write_text(content)
+        assert margins_of(Run.open(calibrated), "per candidate") is not None
+    path.write_text(older)
+    with pytest.raises(StorageError, match="newer margins"):
+        margins_of(Run.open(calibrated), "per candidate")
+    assert margins_of(Run.open(calibrated, trusted=None), "per candidate") is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"episodes": 0}, "calibrated on 0 episodes, too few for a risk of 0.3 at a confidence of 0.9"),
+        ({"episodes": 6}, "calibrated on 6 episodes, too few"),
+        ({"confidence": None}, "does not contain the confidence"),
+        ({"episodes": 7}, None),
+    ],
+)
+def test_margins_of_too_few_episodes_are_refused(
+    folder: Path, calibrated: Path, changes: dict[str, Any], said: str | None
+) -> None:
+    run = Run.open(calibrated)
+    values = json.loads(margins_path(run, "per candidate").read_text())
+    path = margins_path(run, "calibrated")
+    path.write_text(json.dumps(values))
+    method = planned(run, "calibrated").model_dump(mode="json")
+    signed_again(path, own_key(), **{"method": method, "confidence": 0.9, "episodes": 8, **changes})
+    if said is None:
+        assert margins_of(run, "calibrated") is not None
+        return
+    with pytest.raises(StorageError, match=said):
+        margins_of(run, "calibrated")
 
 
 def test_the_models_and_pictures_of_rules_are_part_of_what_margins_are_bound_to(calibrated: Path) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from worldloom.cli.console import answer, table
 from worldloom.cli.options import Json, Trust, Unsigned, trusted_keys
-from worldloom.core.signing import Domain, make_key, sign_file
+from worldloom.core.signing import make_key
 from worldloom.core.yaml_config import read_yaml
 
 app = typer.Typer(help="Sign, verify and show rule sets: guardrails, objectives and fallbacks.", no_args_is_help=True)
@@ -28,15 +28,13 @@ def sign(
     key: Annotated[Path, typer.Option(help="The secret key.")],
     json: Json = False,
 ) -> None:
-    """Sign the layers of a rule set and the pictures that they forbid; write each signature beside the signed file."""
-    from worldloom.guardrails import RuleLayer
+    """Sign the layers of a rule set with the pictures and runs that they name; write each signature beside its file."""
+    from worldloom.guardrails import RuleLayer, sign_rules
 
     signatures, notes = [], []
     for file in files:
-        rules = read_yaml(file, RuleLayer)  # do not sign an invalid rule set
-        signatures += [str(sign_file(picture, key, Domain.PICTURE)) for picture in dict.fromkeys(rules.files)]
-        signatures.append(str(sign_file(file, key, Domain.RULE_LAYER)))
-        if not rules.version:
+        signatures.append(str(sign_rules(file, key)))
+        if not read_yaml(file, RuleLayer).version:
             notes.append(f"note: {file} has no 'version', so an older copy of it cannot be detected")
     answer(json, {"signatures": signatures, "notes": notes}, *signatures, *notes)
 

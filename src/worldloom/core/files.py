@@ -9,7 +9,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +176,16 @@ def check_private(path: Path | str) -> None:
     """Check that no other user can use a file or folder that holds a secret or an owner's observations.
 
     Raises:
-        StorageError: other users have permissions, or the path does not exist.
+        StorageError: the path belongs to another user, other users have permissions, or the path does not exist.
     """
     with storage_errors(path):
-        mode = stat.S_IMODE(Path(path).stat().st_mode)
+        found = Path(path).stat()
+    if found.st_uid != os.geteuid():
+        raise StorageError(
+            f"{path} belongs to the user with the number {found.st_uid}, who can read and change it; expected your own "
+            f"number, {os.geteuid()}. Run worldloom as that user, or use a path of your own"
+        )
+    mode = stat.S_IMODE(found.st_mode)
     if mode & 0o077:
         raise StorageError(
             f"other users may use {path} (its permissions are {mode:03o}); run: chmod -R go= {shlex.quote(str(path))}"
@@ -195,10 +201,9 @@ def make_private(path: Path | str) -> None:
     folder = Path(path)
     with storage_errors(path):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if any(folder.iterdir()):  # the permissions of somebody's folder, or even of the root folder, are not changed
-            check_private(folder)
-        else:
-            folder.chmod(0o700)
+        if not any(folder.iterdir()) and folder.stat().st_uid == os.geteuid():
+            folder.chmod(0o700)  # the permissions of a folder that somebody uses are not changed
+    check_private(folder)
 
 
 @contextmanager
@@ -277,6 +282,8 @@ def beside(path: Path, ending: str) -> Path:
 def exclusive_lock(path: Path, otherwise: Exception | None) -> Iterator[None]:
     """Lock `path` for this process. The kernel releases the lock when the process ends, even if it is killed.
 
+    Users who share a folder can use each other's lock files.
+
     If another process has the lock, raise the exception `otherwise`; if `otherwise` is None, wait for the lock.
 
     Raises:
@@ -284,8 +291,8 @@ def exclusive_lock(path: Path, otherwise: Exception | None) -> Iterator[None]:
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    with file:
+        descriptor = _lock_file(path)
+    with os.fdopen(descriptor, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if otherwise is None else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -294,6 +301,18 @@ def exclusive_lock(path: Path, otherwise: Exception | None) -> Iterator[None]:
         except OSError as error:  # some network file systems have no locks
             raise StorageError(f"{path} cannot be locked ({error}); use a directory on a local disk") from error
         yield
+
+
+def _lock_file(path: Path) -> int:
+    """Open a lock file, which is created if necessary; return its descriptor."""
+    with suppress(FileExistsError):
+        created = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        os.fchmod(created, 0o644)  # whatever the umask: other users must be able to open the file
+        os.close(created)
+    try:
+        return os.open(path, os.O_RDWR)  # network file systems lock only files that are open for writing
+    except PermissionError:
+        return os.open(path, os.O_RDONLY)  # the file of another user
 
 
 def sync_directory(path: Path) -> None:

@@ -1,21 +1,25 @@
 """Signatures (Ed25519), which prove which key signed some content, as what kind, and that the content is unchanged.
 
 Every signature belongs to a `Domain`, the kind of content that was signed. A signature is valid only in its domain, so
-nobody can pass off a signed picture as a signed data card.
+nobody can pass off a signed rule layer as a signed constitution.
 
 The signature of a file is a JSON file beside it. This JSON file contains the signer's public key, the domain and the
-signature of the file's content. A secret key is a PEM file that only its owner can read. A public key is 64 hexadecimal
-digits.
+signature of the file's content. If the file names other files, its parts, the JSON file also contains the digest of
+each part, and the signature covers these digests too. A secret key is a PEM file that only its owner can read. A public
+key is 64 hexadecimal digits.
 """
 
+import hashlib
 import os
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from worldloom.core.chain import canonical
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import check_private, read_document, read_json, storage_errors, sync_directory, write_document
 
@@ -28,7 +32,7 @@ class Domain(Enum):
     """What is signed. The value precedes the content in the signed bytes; no value is a prefix of another one."""
 
     RULE_LAYER = b"worldloom rule layer\n"
-    PICTURE = b"worldloom picture\n"
+    WITH_PARTS = b"worldloom file with parts\n"
     MARGINS = b"worldloom margins\n"
     DATA_CARD = b"worldloom data card\n"
     CONSTITUTION = b"worldloom constitution\n"
@@ -119,8 +123,19 @@ def write_key(path: Path | str, content: bytes, *, mode: int = 0o600) -> None:
         sync_directory(path.parent)
 
 
-def sign_file(path: Path | str, key: Path | str, domain: Domain) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class SignedFile:
+    """A verified file: its content, the public key of its signer, and the digests of its parts, by name."""
+
+    content: bytes
+    key: str
+    parts: Mapping[str, str]
+
+
+def sign_file(path: Path | str, key: Path | str, domain: Domain, parts: Mapping[str, str] | None = None) -> Path:
     """Sign the current content of a file in a domain, and return the path of the signature.
+
+    `parts` contains digests of what the file names, such as pictures; the signature covers the digests too.
 
     Raises:
         StorageError: a file cannot be read or written.
@@ -133,8 +148,8 @@ def sign_file(path: Path | str, key: Path | str, domain: Domain) -> Path:
             f"{path} is already signed as {found['domain']!r}, and signing it as {domain.title!r} would replace that "
             f"signature. Check the path, or delete {signature}"
         )
-    values = {"key": signer.public, "domain": domain.title, "signature": signer.sign(content, domain)}
-    write_document(signature, _KIND, values, version=_FORMAT)
+    values = {"key": signer.public, "domain": domain.title, "signature": signer.sign(*_covered(content, domain, parts))}
+    write_document(signature, _KIND, values | ({"parts": dict(parts)} if parts else {}), version=_FORMAT)
     return signature
 
 
@@ -143,10 +158,11 @@ def signature_path(path: Path | str) -> Path:
     return Path(path).with_name(f"{Path(path).name}.sig")
 
 
-def read_signed(path: Path | str, trusted: Collection[str], domain: Domain) -> tuple[bytes, str]:
-    """Return the content of a file and the public key of its signer, which must be one of `trusted`.
+def read_signed(path: Path | str, trusted: Collection[str], domain: Domain) -> SignedFile:
+    """Return the content of a file, its signer, which must be one of `trusted`, and the signed digests of its parts.
 
-    The file is read only once, so the returned content is the verified content.
+    The file is read only once, so the returned content is the verified content. The caller compares the parts with
+    their digests.
 
     Raises:
         StorageError: the file or its signature is missing, or the signature has an old format.
@@ -162,6 +178,9 @@ def read_signed(path: Path | str, trusted: Collection[str], domain: Domain) -> t
         key, signed_as, signature = values["key"], values["domain"], values["signature"]
         if not _is_hex(key, 32) or not _is_hex(signature, 64):
             raise ValueError("expected a key of 64 hexadecimal digits and a signature of 128")
+        parts = dict(values.get("parts", {}))
+        if not all(isinstance(digest, str) for digest in parts.values()):
+            raise ValueError("expected a digest for each of the parts")
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{where} is not a signature ({error}); ask the owner of {path} to sign the file again"
@@ -171,7 +190,8 @@ def read_signed(path: Path | str, trusted: Collection[str], domain: Domain) -> t
             f"{path} is signed as {signed_as!r}; expected {domain.title!r}. Check the path, or ask the owner to sign "
             f"the file as {domain.title!r}"
         )
-    if not verified(content, signature, key, domain):
+    covered, within = _covered(content, domain, parts)
+    if not verified(covered, signature, key, within):
         raise DataError(
             f"{path} does not match the signature of {key[:16]}...: one of the two files was changed or replaced. "
             f"Ask the owner for both files again"
@@ -181,7 +201,18 @@ def read_signed(path: Path | str, trusted: Collection[str], domain: Domain) -> t
             f"{path} is signed by {key}, which is not a trusted key; if this key belongs to the owner, add it to the "
             f"trusted keys"
         )
-    return content, key.lower()
+    return SignedFile(content=content, key=key.lower(), parts=parts)
+
+
+def _covered(content: bytes, domain: Domain, parts: Mapping[str, str] | None) -> tuple[bytes, Domain]:
+    """Return what is signed for a file, and in which domain.
+
+    A file with parts has another domain than a file without, so that no content can imitate a list of parts.
+    """
+    if not parts:
+        return content, domain
+    stated = {"domain": domain.title, "sha256": hashlib.sha256(content).hexdigest(), "parts": dict(parts)}
+    return canonical(stated).encode("ascii"), Domain.WITH_PARTS
 
 
 def _read(path: Path | str) -> bytes:
@@ -189,7 +220,7 @@ def _read(path: Path | str) -> bytes:
         content = file.read(_LARGEST + 1)
     if len(content) > _LARGEST:
         raise DataError(
-            f"{path} is larger than {_LARGEST} bytes; expected a rule set, a picture or a key. Check the path"
+            f"{path} is larger than {_LARGEST} bytes; expected a rule set, a data card or a key. Check the path"
         )
     return content
 

@@ -8,25 +8,30 @@ from worldloom.core.files import exclusive_lock, storage_errors
 from worldloom.core.signing import SigningKey, make_key
 
 FOLDER = "WORLDLOOM_STATE"
-"""The environment variable that names another folder for the state."""
+"""The environment variable that names another folder for the state, except the key; users may share this folder."""
+_BASE = "XDG_STATE_HOME"
 
 
 def state_folder() -> Path:
-    """Return the folder of the user's state.
+    """Return the folder of the records of newest versions.
 
     This is `$WORLDLOOM_STATE` if set, otherwise `$XDG_STATE_HOME/worldloom`, otherwise `~/.local/state/worldloom`.
 
     Raises:
         StorageError: none of these variables is set, and the user has no home directory.
     """
-    if chosen := os.environ.get(FOLDER):
-        return Path(chosen)
-    if base := os.environ.get("XDG_STATE_HOME"):
+    chosen = os.environ.get(FOLDER)
+    return Path(chosen) if chosen else _own_folder()
+
+
+def _own_folder() -> Path:
+    """Return the folder that belongs to the user alone, whatever `WORLDLOOM_STATE` is."""
+    if base := os.environ.get(_BASE):
         return Path(base) / "worldloom"
     try:
         return Path.home() / ".local" / "state" / "worldloom"
     except RuntimeError:
-        raise StorageError(f"the user has no home directory; set {FOLDER} to a folder for the user's state") from None
+        raise StorageError(f"the user has no home directory; set {_BASE} to a folder for the user's state") from None
 
 
 def own_key() -> SigningKey:
@@ -42,7 +47,7 @@ def own_key() -> SigningKey:
             if not os.path.lexists(path):
                 make_key(path)
     except StorageError as error:
-        raise StorageError(f"{error}. The folder {path.parent} stores your key; set {FOLDER} to use another") from None
+        raise StorageError(f"{error}. The folder {path.parent} stores your key; set {_BASE} to use another") from None
     return _read_key(path)
 
 
@@ -72,4 +77,4 @@ def _read_key(path: Path) -> SigningKey:
 
 
 def _key_path() -> Path:
-    return state_folder() / "key.pem"
+    return _own_folder() / "key.pem"

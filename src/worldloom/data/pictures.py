@@ -1,5 +1,6 @@
 """Single pictures: encoding, decoding, resizing, and conversion to observations."""
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -9,11 +10,13 @@ from jaxtyping import UInt8
 from PIL import Image, ImageMode, ImageOps
 
 from worldloom.core.errors import DataError, WorldloomError
-from worldloom.core.files import storage_errors
+from worldloom.core.files import read_bytes
 from worldloom.core.picture_layout import PictureOptions, picture_layout
 from worldloom.core.types import Observations
 from worldloom.core.untrusted import try_files
 from worldloom.core.untrusted_child import MOST_PIXELS, PICTURE_FORMATS
+
+_LARGEST = 2**28  # bytes of a picture file
 
 
 def read_picture(
@@ -22,20 +25,25 @@ def read_picture(
     *,
     values: tuple[float, float] | None = None,
     colours: bool = False,
+    digest: str | None = None,
 ) -> Observations:
     """Read a picture file as a batch of one observation of shape `expected` (H, W, C).
 
     If the picture has more than 8 bits, `values` are the two values that become 0 and 255, for example depths in mm.
     A grey picture gets `expected[2]` equal channels, unless `colours` says that the training pictures had colours.
+    `digest` is the SHA-256 that the content of the file must have.
 
     Raises:
         StorageError: the file does not exist or cannot be read.
-        DataError: the file is not a picture, has a different shape, has more than 8 bits and `values` is not set, or is
-            grey although the training pictures had colours.
+        DataError: the file is not a picture, has a different shape or digest, has more than 8 bits and `values` is not
+            set, or is grey although the training pictures had colours.
     """
     try_files("picture", [path])
+    content = read_bytes(path, _LARGEST)
+    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+        raise DataError(f"{path} is not the picture that was verified: it was changed since. Restore the file")
     try:
-        with storage_errors(path), Image.open(path, formats=PICTURE_FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as image:
             _check_size(image)
             if _is_deep(image) and values is None:
                 raise DataError(

@@ -31,7 +31,7 @@ from worldloom.guardrails.rails import (
 )
 from worldloom.guardrails.recalibration import Recalibration, errors_seen, seen_violations
 from worldloom.guardrails.regions import REGIONS, Ball, Box, Region
-from worldloom.guardrails.rule_set import RuleLayer, RuleSet, read_rules
+from worldloom.guardrails.rule_set import RuleLayer, RuleSet, read_rules, sign_rules
 
 __all__ = [
     "FALLBACKS",
@@ -74,6 +74,7 @@ __all__ = [
     "read_rules",
     "refusing",
     "seen_violations",
+    "sign_rules",
     "tolerance_quantile",
     "write_margins",
 ]

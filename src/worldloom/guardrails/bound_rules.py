@@ -10,16 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from worldloom.core.chain import canonical
-from worldloom.core.files import storage_errors
 from worldloom.core.seams import Objective
 from worldloom.core.user_state import own_public_key
 from worldloom.guardrails.consistency import check_consistent
 from worldloom.guardrails.margins import Margins, read_margins
 from worldloom.guardrails.objective_configs import build_objective
 from worldloom.guardrails.rails import BoundRail
-from worldloom.guardrails.rule_set import RuleSet, keys_for
+from worldloom.guardrails.rule_set import RuleSet, keys_for, part_digests
 from worldloom.heads import Heads
-from worldloom.models import stored_digest
 
 
 class BoundRules:
@@ -40,8 +38,18 @@ class BoundRules:
         self._judged: dict[bytes, tuple[BoundRail, ...]] = {}
 
     @cached_property
+    def _parts(self) -> dict[str, str]:
+        """Digests of the pictures and runs that the rules name: the signed ones, where there are any."""
+        return part_digests(self.rule_set.layers) | dict(self.rule_set.parts)
+
+    @cached_property
+    def _own_heads(self) -> Heads:
+        """The heads, which load exactly the pictures and runs that `inputs` describes."""
+        return self._heads.with_verified(self._parts) if self._parts else self._heads
+
+    @cached_property
     def _rails(self) -> tuple[BoundRail, ...]:
-        return tuple(rule.rail.bind(rule.title, rule.owner, self._heads) for rule in self.rule_set.stated())
+        return tuple(rule.rail.bind(rule.title, rule.owner, self._own_heads) for rule in self.rule_set.stated())
 
     def rails(self, margins: Margins | None = None) -> tuple[BoundRail, ...]:
         """Return the guardrails, with `margins` added to their own margins, and check once that they are consistent.
@@ -63,7 +71,7 @@ class BoundRules:
     def objective(self, goal: Float[Tensor, "B D"], usual: Objective) -> Objective:
         """Return the objective of the rule set, where `usual` is the default one; see `build_objective`."""
         every = {title: config for layer in self.rule_set.layers for title, config in layer.objectives.items()}
-        return build_objective(every, self._heads, goal, usual)
+        return build_objective(every, self._own_heads, goal, usual)
 
     def margins(self, method: Mapping[str, Any]) -> Margins | None:
         """Return the margins that were calibrated for the method with these settings, or None if there are none.
@@ -82,14 +90,7 @@ class BoundRules:
         These are the model, the heads that planners and guardrails read, the pictures that guardrails and objectives
         name, and the models of other runs that they name.
         """
-        found = self._heads.digests()
-        for layer in self.rule_set.layers:
-            for file in layer.files:
-                with storage_errors(file):
-                    found[f"file {file}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-            for run in layer.peers:
-                found[f"run {run}"] = str(stored_digest(Path(run) / "model" / "model"))
-        return found
+        return self._heads.digests() | self._parts
 
     def _signers(self) -> set[str] | None:
         """Return the keys that may sign the margins; None if signatures are not checked."""

@@ -8,8 +8,10 @@ that broke a guardrail in the episode would have been refused. If a new episode 
 episodes, it breaks a guardrail with at most the stated probability, whatever the search does.
 """
 
+import hashlib
 import itertools
 import math
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +28,13 @@ from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import read_document, write_document
 from worldloom.core.signing import Domain, SigningKey, verified
+from worldloom.guardrails.newest_versions import NewestVersions, Seen
 from worldloom.guardrails.rule_set import RuleSet
 
 _KIND = "worldloom margins"
 _FORMAT = 2  # format 1 had no signature, and was bound only to the rule set, the model and the method
 _REMEDY = "Run 'worldloom calibrate' with this rule set, model and method"
+_NEWEST = NewestVersions("margins.json", kind="worldloom newest margins", contents="margins")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,11 @@ class Margins:
 
 
 class _MarginsFile(Config):
-    """The content of a file of margins, without its signature."""
+    """The content of a file of margins, without its signature.
+
+    `time`, in seconds since 1970, is later than that of all earlier margins at the same path. It is 0 in files of older
+    versions of worldloom.
+    """
 
     rules: str
     guardrails: tuple[str, ...]
@@ -60,18 +68,21 @@ class _MarginsFile(Config):
     episodes: int = Field(ge=0)
     usual: float = Field(gt=0)
     values: tuple[tuple[NonNegativeFloat, ...], ...]
+    time: int = Field(default=0, ge=0, lt=2**53)
     protocol: str | None = None
     confidence: float | None = Field(default=None, gt=0, lt=1)
     rounds: tuple[dict[str, Any], ...] = ()
 
 
 def write_margins(path: Path, margins: Margins, rules: RuleSet, about: Mapping[str, Any], key: SigningKey) -> None:
-    """Sign margins and write them atomically.
+    """Sign margins, write them atomically, and remember that they are the newest (see `read_margins`).
 
     `about` contains the `method` and the `inputs` (see `read_margins`), and optionally how the margins were calibrated:
     `protocol`, `confidence` and `rounds`.
     """
+    before = _NEWEST.read().get(str(path.resolve()))
     file = _MarginsFile(
+        time=max(int(time.time()), 0 if before is None else before.version + 1),
         rules=rules.fingerprint,
         guardrails=tuple(rules.titles),
         risk=margins.risk,
@@ -83,6 +94,8 @@ def write_margins(path: Path, margins: Margins, rules: RuleSet, about: Mapping[s
     values = {**file.model_dump(mode="json", exclude_defaults=True), "key": key.public}
     signature = key.sign(canonical(values).encode("ascii"), Domain.MARGINS)
     write_document(path, _KIND, {**values, "signature": signature}, version=_FORMAT)
+    with _NEWEST.changing() as record:
+        record[str(path.resolve())] = _seen(file)
 
 
 def read_margins(
@@ -92,11 +105,12 @@ def read_margins(
 
     `method` contains the settings that margins depend on: all except `recalibrate`, because recalibration only widens
     margins later. `inputs` are digests of what margins depend on, by name; inputs that the file does not contain
-    are ignored. One of the keys `signers` must have signed the file; None skips the check.
+    are ignored. One of the keys `signers` must have signed the file; None skips the check. The newest margins at
+    each path are remembered for the user, and older ones are refused. The path determines run, rule set and method.
 
     Raises:
-        StorageError: the file is damaged, is not signed with one of these keys, or belongs to a different rule set,
-            method or input.
+        StorageError: the file is damaged, is not signed with one of these keys, belongs to a different rule set, method
+            or input, is older than one that was used before, or reports too few calibration episodes for its risk.
     """
     try:
         values = read_document(path, _KIND, version=_FORMAT, remedy=_REMEDY)
@@ -118,6 +132,10 @@ def read_margins(
             raise ValueError(
                 f"expected {len(rules.titles)} rows of {method['horizon']} margins, one for each guardrail"
             )
+        if method.get("guard") != "per candidate":
+            _check_episodes(file)
+        if signers is not None:
+            _check_newest(path, file)
     except (ConfigError, DataError, KeyError, ValueError) as error:
         raise StorageError(f"{path} is not usable: {error}. {_REMEDY}") from None
     margins = torch.tensor(file.values, dtype=torch.float32)
@@ -135,6 +153,42 @@ def _check_signature(values: Mapping[str, Any], signature: Any, signers: Collect
             f"it is signed by {key}, which is neither your own key nor a trusted one. If you trust this key, add "
             f"--trust {key}"
         )
+
+
+def _check_episodes(file: _MarginsFile) -> None:
+    """Raise an error if no result of so few calibration episodes can confirm the risk."""
+    if file.confidence is None:
+        raise ValueError("it does not contain the confidence of its calibration")
+    if not enough_episodes(file.episodes, file.risk, file.confidence):
+        raise ValueError(
+            f"it was calibrated on {file.episodes} episodes, too few for a risk of {file.risk:g} at a confidence of "
+            f"{file.confidence:g}"
+        )
+
+
+def _check_newest(path: Path, file: _MarginsFile) -> None:
+    """Raise an error if newer margins were used at this path before; otherwise remember these."""
+    newest = _NEWEST.read().get(str(path.resolve()))
+    if newest is None and file.time == 0:
+        return
+    if newest is not None and file.time <= newest.version:
+        if file.time == newest.version and _seen(file) == newest:
+            return  # the usual case: nothing to write, so the state may be read-only
+        raise ValueError("newer margins of this run were used before")
+    with _NEWEST.changing() as record:
+        record[str(path.resolve())] = _seen(file)
+
+
+def _seen(file: _MarginsFile) -> Seen:
+    content = canonical(file.model_dump(mode="json")).encode("ascii")
+    return Seen(version=file.time, digest=hashlib.sha256(content).hexdigest())
+
+
+def enough_episodes(episodes: int, risk: float, confidence: float) -> bool:
+    """Return whether so many calibration episodes can confirm a risk: see `tolerance_quantile`."""
+    from scipy.special import bdtr  # the binomial distribution function
+
+    return bool(bdtr(0, episodes, risk) <= 1 - confidence)
 
 
 def conformal_quantile(scores: Float[Tensor, "N"], risk: float) -> float:

@@ -13,7 +13,7 @@ from worldloom.core.config import Component, component_of
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry
 from worldloom.core.seams import Objective, Stage
-from worldloom.guardrails.rails import RailField, probe_of
+from worldloom.guardrails.rails import Rail, RailField, probe_of
 from worldloom.guardrails.regions import RegionField
 from worldloom.heads import Heads
 
@@ -24,14 +24,19 @@ class ObjectiveConfig(Component):
     weight: float = Field(default=1.0, gt=0)
 
     @property
-    def files(self) -> tuple[str, ...]:
-        """The files whose content is part of the objective; see `Rail.files`."""
+    def components(self) -> tuple["Rail | ObjectiveConfig", ...]:
+        """The guardrails and objectives inside this one."""
         return ()
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """The files whose content is part of the objective; see `Rail.files`."""
+        return tuple(file for component in self.components for file in component.files)
+
+    @property
     def peers(self) -> tuple[str, ...]:
-        """The folders of other runs whose models are part of the objective."""
-        return ()
+        """The folders of other runs whose models are part of the objective; see `Rail.peers`."""
+        return tuple(run for component in self.components for run in component.peers)
 
     @abstractmethod
     def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Objective:
@@ -96,6 +101,11 @@ class SequenceConfig(ObjectiveConfig):
     name: Literal["sequence"] = "sequence"
     stages: tuple[ObjectiveField, ...] = Field(min_length=1)
 
+    @property
+    def components(self) -> tuple[Rail | ObjectiveConfig, ...]:
+        """The stages."""
+        return self.stages
+
     def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.InOrder:
         """Return the cost for a model."""
         return planning.InOrder(
@@ -112,14 +122,9 @@ class AvoidConfig(ObjectiveConfig):
     until: ObjectiveField | None = None
 
     @property
-    def files(self) -> tuple[str, ...]:
-        """The files of the guardrail."""
-        return self.rail.files
-
-    @property
-    def peers(self) -> tuple[str, ...]:
-        """The runs of the guardrail."""
-        return self.rail.peers
+    def components(self) -> tuple[Rail | ObjectiveConfig, ...]:
+        """The guardrail and the stage."""
+        return (self.rail,) if self.until is None else (self.rail, self.until)
 
     def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.Avoid:
         """Return the cost for a model."""
@@ -155,6 +160,11 @@ class TimeConfig(ObjectiveConfig):
 
     name: Literal["time"] = "time"
     until: ObjectiveField
+
+    @property
+    def components(self) -> tuple[Rail | ObjectiveConfig, ...]:
+        """The stage."""
+        return (self.until,)
 
     def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.Elapsed:
         """Return the cost for a model."""

@@ -44,12 +44,12 @@ class Rail(Component):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files whose content is part of the limit; these files must be signed too."""
+        """The files whose content is part of the limit; read them with `Heads.examples`, which checks the content."""
         return ()
 
     @property
     def peers(self) -> tuple[str, ...]:
-        """The folders of other runs whose models are part of the limit."""
+        """The folders of other runs whose models are part of the limit; load them with `Heads.peer`."""
         return ()
 
     @property

@@ -1,8 +1,8 @@
 """Rule sets: guardrails, objectives and a fallback as data, in layers. A layer may only tighten the layers above it."""
 
 import hashlib
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -10,15 +10,19 @@ from pydantic import Field
 
 from worldloom.core.chain import canonical
 from worldloom.core.config import Config
-from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.signing import Domain, read_signed
+from worldloom.core.errors import CheckpointError, ConfigError, DataError
+from worldloom.core.files import read_bytes
+from worldloom.core.signing import Domain, SignedFile, read_signed, sign_file
+from worldloom.core.text import comparable
 from worldloom.core.yaml_config import parse_yaml, read_yaml
 from worldloom.guardrails.fallback import Fallback, FallbackField
 from worldloom.guardrails.objective_configs import ObjectiveConfig, ObjectiveField
 from worldloom.guardrails.rails import Rail, RailField
 from worldloom.guardrails.rule_versions import SignedLayer, check_versions
+from worldloom.models import stored_digest
 
 LAYERS = ("operator", "site", "community")
+_LARGEST = 2**28  # bytes of a picture
 
 
 class RuleLayer(Config):
@@ -70,12 +74,15 @@ class StatedRule:
 class RuleSet:
     """The layers of a rule set, the uppermost first; each may only tighten the layers above it.
 
+    `parts` are the signed digests of the pictures and runs that the layers name; see `part_digests`.
+
     Raises:
-        ConfigError: the layers are out of order, one loosens a layer above it, or a guardrail forbids the action that a
-            fallback declares; the message names the layers and the rule.
+        ConfigError: the layers are out of order, one loosens a layer above it, two titles look the same but differ, or
+            a guardrail forbids the action that a fallback declares; the message names the layers and the rule.
     """
 
     layers: tuple[RuleLayer, ...]
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -87,6 +94,7 @@ class RuleSet:
                 f"{', '.join(layer.layer for layer in self.layers)}. Pass the files in "
                 f"the expected order, and set 'layer' in each file (default: operator)"
             )
+        _check_titles(self.layers)
         for place, lower in enumerate(self.layers):
             for upper in self.layers[:place]:
                 _check_tightens(lower, upper)
@@ -145,6 +153,20 @@ def _check_tightens(lower: RuleLayer, upper: RuleLayer) -> None:
         raise loosens(f"the objective {again[0]!r}", "a definition of its own", "one already")
 
 
+def _check_titles(layers: Sequence[RuleLayer]) -> None:
+    """Raise an error if a person could take the title of one rule for that of another one."""
+    known: dict[str, tuple[str, str]] = {}
+    for layer in layers:
+        for title in (*layer.guardrails, *layer.objectives):
+            first, where = known.setdefault(comparable(title), (title, layer.layer))
+            if first != title:
+                raise ConfigError(
+                    f"the title {title!a} in the {layer.layer} layer of {layer.owner!r} looks like the title {first!a} "
+                    f"in the {where} layer, but differs from it. Use the same title for the same rule, and titles that "
+                    f"people can tell apart for different rules"
+                )
+
+
 def keys_for(layer: str, trusted: Collection[str]) -> set[str]:
     """Return the trusted keys that may sign a layer; `trusted` contains them as `KEY` or `LAYER:KEY`."""
     return {key.rpartition(":")[2].lower() for key in trusted if key.rpartition(":")[0] in ("", layer)}
@@ -170,34 +192,88 @@ def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None, 
     """Read the layers of a rule set from files, uppermost first; a key in `trusted` must have signed each file.
 
     A plain `KEY` may sign any layer; `LAYER:KEY` may sign only that layer (operator, site or community). A community's
-    key then cannot sign the operator's layer. The pictures that a layer forbids must be signed too, because they are
-    part of the rule. With `trusted=None` signatures are not checked; use this for experiments only.
+    key then cannot sign the operator's layer. The pictures and runs that a layer names must have the digests in its
+    signature, because they are part of the rule; agents use them only while they have these digests. With
+    `trusted=None` signatures are not checked; use this for experiments only.
 
     The newest version of each signed layer is remembered for the user (`state_folder`). An older layer is refused,
     unless `revert` is set: then the versions of these files count as the newest from now on.
 
     Raises:
         StorageError: a file, or its signature, is missing.
-        DataError: a signature is wrong, its key is not trusted, or a newer version of a layer was used before.
+        DataError: a signature is wrong, its key is not trusted, a picture or a run was changed, or a newer version of a
+            layer was used before.
+        CheckpointError: a run that a layer names has no model, or its model is damaged.
         ConfigError: a line is invalid (the message names it), or the layers contradict each other.
     """
-    layers, signed = [], []
+    if trusted is None:
+        return RuleSet(layers=tuple(read_yaml(path, RuleLayer) for path in paths))
+    layers, files = [], []
     for path in paths:
-        if trusted is None:
-            layers.append(read_yaml(path, RuleLayer))
-            continue
-        content, signer = read_signed(path, {key.rpartition(":")[2] for key in trusted}, Domain.RULE_LAYER)
-        layer = parse_yaml(content, RuleLayer, source=str(path))
-        able = keys_for(layer.layer, trusted)
-        if signer not in able:
+        file = read_signed(path, {key.rpartition(":")[2] for key in trusted}, Domain.RULE_LAYER)
+        layer = parse_yaml(file.content, RuleLayer, source=str(path))
+        if file.key not in keys_for(layer.layer, trusted):
             raise DataError(
-                f"{path} is a layer of the {layer.layer}, but the key that signed the file, {signer}, is trusted only "
-                f"for another layer. Have the {layer.layer} sign the file"
+                f"{path} is a layer of the {layer.layer}, but the key that signed the file, {file.key}, is trusted "
+                f"only for another layer. Have the {layer.layer} sign the file"
             )
-        pictures = [read_signed(file, able, Domain.PICTURE)[0] for file in layer.files]
-        series = (signer, layer.layer, layer.owner, layer.name)
-        signed.append(SignedLayer.of(path, content, pictures, series=series, version=layer.version))
         layers.append(layer)
-    rules = RuleSet(layers=tuple(layers))
+        files.append(file)
+    parts = part_digests(layers)
+    signed = []
+    for path, layer, file in zip(paths, layers, files, strict=True):
+        used = [parts[name] for name in _checked_parts(path, layer, file, parts)]
+        series = (file.key, layer.layer, layer.owner, layer.name)
+        signed.append(SignedLayer.of(path, file.content, used, series=series, version=layer.version))
+    rules = RuleSet(layers=tuple(layers), parts=parts)
     check_versions(signed, revert=revert)
     return rules
+
+
+def sign_rules(path: Path | str, key: Path | str) -> Path:
+    """Sign a rule layer with the digests of the pictures and runs that it names; return the path of the signature.
+
+    Raises:
+        StorageError: a file cannot be read or written, or a picture is missing.
+        ConfigError: the layer is invalid.
+        DataError: the key is not an Ed25519 key, or the file has a signature of another domain.
+        CheckpointError: a run has no model, or its model is damaged.
+    """
+    layer = read_yaml(path, RuleLayer)  # an invalid layer is not signed
+    return sign_file(path, key, Domain.RULE_LAYER, part_digests([layer]))
+
+
+def part_digests(layers: Iterable[RuleLayer]) -> dict[str, str]:
+    """Return a digest of each picture (`file PATH`) and of the model of each run (`run PATH`) that layers name.
+
+    Raises:
+        StorageError: a picture is missing.
+        CheckpointError: a run has no model, or its model is damaged.
+    """
+    found: dict[str, str] = {}
+    for layer in layers:
+        for file in layer.files:
+            found[f"file {file}"] = hashlib.sha256(read_bytes(Path(file), _LARGEST)).hexdigest()
+        for run in layer.peers:
+            digest = stored_digest(Path(run) / "model" / "model")
+            if digest is None:
+                raise CheckpointError(f"a rule names the run {run}, which has no model. Check the path")
+            found[f"run {run}"] = digest
+    return found
+
+
+def _checked_parts(path: Path | str, layer: RuleLayer, file: SignedFile, parts: Mapping[str, str]) -> list[str]:
+    """Return the names of a layer's parts; raise an error unless the signature contains the digest of each."""
+    names = [*(f"file {name}" for name in layer.files), *(f"run {name}" for name in layer.peers)]
+    for name in names:
+        if name not in file.parts:
+            raise DataError(
+                f"{path} uses the {name}, but its signature contains no digest of it, because an older version of "
+                f"worldloom signed {path}. Ask the owner to sign {path} again"
+            )
+        if file.parts[name] != parts[name]:
+            raise DataError(
+                f"the {name} is not the one that the owner of {path} signed: it was changed or replaced. Restore it "
+                f"from a copy, or ask the owner to sign {path} again"
+            )
+    return names

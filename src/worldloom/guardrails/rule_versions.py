@@ -1,7 +1,6 @@
 """Refuses a signed rule layer that is older than one the user has already read.
 
-The newest version of each layer is stored in the user's state (see `state_folder`), for all runs, and survives
-restarts. The signer's key, layer, owner and name identify a layer.
+Layers are told apart by the signer's key, layer, owner and name.
 """
 
 import hashlib
@@ -9,15 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
-
 from worldloom.core.chain import canonical
-from worldloom.core.config import Config
-from worldloom.core.errors import ConfigError, DataError, StorageError
-from worldloom.core.files import exclusive_lock, read_document, storage_errors, write_document
-from worldloom.core.user_state import FOLDER, state_folder
+from worldloom.core.errors import DataError
+from worldloom.guardrails.newest_versions import NewestVersions, Seen
 
-_KIND = "worldloom rule versions"
+_RECORD = NewestVersions("rule-versions.json", kind="worldloom rule versions", contents="rule sets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +29,13 @@ class SignedLayer:
         cls,
         path: Path | str,
         content: bytes,
-        files: Sequence[bytes],
+        parts: Sequence[str],
         *,
         series: tuple[str, str, str, str],
         version: int,
     ) -> "SignedLayer":
-        """Return the identity of a layer; `files` are the contents of its pictures."""
-        digests = [hashlib.sha256(part).hexdigest() for part in (content, *files)]
+        """Return the identity of a layer; `parts` are the digests of the pictures and runs that it names."""
+        digests = [hashlib.sha256(content).hexdigest(), *parts]
         digest = hashlib.sha256(canonical(digests).encode("ascii")).hexdigest()
         return cls(path=str(path), series=series, version=version, digest=digest)
 
@@ -48,15 +43,6 @@ class SignedLayer:
     def key(self) -> str:
         """The series as text."""
         return canonical(list(self.series))
-
-
-class _Seen(Config):
-    version: int = Field(ge=1)
-    digest: str
-
-
-class _Versions(Config):
-    newest: dict[str, _Seen] = Field(default_factory=dict)
 
 
 def check_versions(layers: Sequence[SignedLayer], *, revert: bool = False) -> None:
@@ -69,25 +55,17 @@ def check_versions(layers: Sequence[SignedLayer], *, revert: bool = False) -> No
         DataError: a layer is older, or has the same version but other content.
         StorageError: the user's state cannot be read or written.
     """
-    path = state_folder() / "rule-versions.json"
-    if not revert and all(_is_known(layer, _read(path)) for layer in layers):
+    if not revert and all(_is_known(layer, _RECORD.read()) for layer in layers):
         return  # the usual case: nothing to write, so the state may be read-only
-    try:
-        with exclusive_lock(path.with_name(f".{path.name}.lock"), None):
-            newest = dict(_read(path))
-            for layer in layers:
-                if revert:
-                    newest.pop(layer.key, None)
-                if not _is_known(layer, newest):
-                    newest[layer.key] = _Seen(version=layer.version, digest=layer.digest)
-            write_document(path, _KIND, _Versions(newest=newest).model_dump(mode="json"))
-    except StorageError as error:
-        raise StorageError(
-            f"{error}. The folder {path.parent} stores the newest versions of rule sets; set {FOLDER} to use another"
-        ) from None
+    with _RECORD.changing() as newest:
+        for layer in layers:
+            if revert:
+                newest.pop(layer.key, None)
+            if not _is_known(layer, newest):
+                newest[layer.key] = Seen(version=layer.version, digest=layer.digest)
 
 
-def _is_known(layer: SignedLayer, newest: Mapping[str, _Seen]) -> bool:
+def _is_known(layer: SignedLayer, newest: Mapping[str, Seen]) -> bool:
     """Return whether the record already covers a layer; raise an error if the layer is not the newest one."""
     seen = newest.get(layer.key)
     if seen is None:
@@ -105,14 +83,3 @@ def _is_known(layer: SignedLayer, newest: Mapping[str, _Seen]) -> bool:
             f"with this file"
         )
     return layer.version == seen.version
-
-
-def _read(path: Path) -> Mapping[str, _Seen]:
-    with storage_errors(path):
-        if not path.exists():
-            return {}
-    again = f"Delete {path} to forget all versions, and check by hand that your rule sets are the newest"
-    try:
-        return _Versions.parse(read_document(path, _KIND, remedy=again)).newest
-    except ConfigError as error:
-        raise StorageError(f"{path} is damaged: {error}. {again}") from None

@@ -1,6 +1,7 @@
 """The heads of a run: everything fitted and measured on the latents of its world model."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +31,17 @@ class Heads:
     def __init__(self, folder: Path, model: JEPA, *, probe_names: Sequence[str] = (), levels: int = 0) -> None:
         self.model = model
         self._folder, self._probe_names, self._levels = folder, probe_names, levels
+        self._verified: Mapping[str, str] = {}
+
+    def with_verified(self, parts: Mapping[str, str]) -> "Heads":
+        """Return a copy that uses the pictures and runs in `parts` only if they still have these digests.
+
+        The names are `file PATH` and `run PATH`; the digests are SHA-256 for a picture and `stored_digest` for the
+        model of a run.
+        """
+        found = copy.copy(self)
+        found._verified = dict(parts)
+        return found
 
     def stem(self, name: str) -> Path:
         """Return the path of a head, without suffix."""
@@ -86,7 +98,8 @@ class Heads:
         """Return the latents of picture files, given by their paths.
 
         Raises:
-            DataError: a file is not a picture or has a different size, or the model needs more than pixels.
+            DataError: a file is not a picture, has a different size or is not the verified one, or the model needs more
+                than pixels.
         """
         expected = self.model.spec.observation.pixels
         if expected is None or self.model.spec.observation.vector:
@@ -94,18 +107,25 @@ class Heads:
                 "the model's observation is not only pixels, so a picture cannot be encoded; use a model of pixels only"
             )
         with torch.inference_mode():
-            pictures = [read_picture(Path(name), expected, colours=self.model.sees_colours) for name in names]
-            every = [self.model.encode(picture.to(self.model.device)) for picture in pictures]
-        return torch.cat(every)
+            pictures = [
+                read_picture(
+                    Path(name),
+                    expected,
+                    colours=self.model.sees_colours,
+                    digest=self._verified.get(f"file {name}"),
+                )
+                for name in names
+            ]
+            return torch.cat([self.model.encode(picture.to(self.model.device)) for picture in pictures])
 
     def peer(self, run: str) -> JEPA:
         """Return the world model of another run with the same encoder, given by its folder.
 
         Raises:
-            CheckpointError: the folder has no model, or the model is damaged.
+            CheckpointError: the folder has no model, or the model is damaged or not the verified one.
             ConfigError: the other model has a different encoder, so its latents cannot be compared with this model's.
         """
-        other = load_model(Path(run) / "model", self.model.device)
+        other = load_model(Path(run) / "model", self.model.device, digest=self._verified.get(f"run {run}"))
         if not self.model.encodes_like(other):
             raise ConfigError(
                 f"the run {run} has a different encoder, so its predictions cannot be compared with this run's; name "

@@ -114,14 +114,19 @@ def save_model(directory: Path | str, model: JEPA, extra: Mapping[str, Any] | No
     return fingerprint
 
 
-def load_model(directory: Path | str, device: torch.device | str = "cpu") -> JEPA:
-    """Load a model onto `device`, in evaluation mode.
+def load_model(directory: Path | str, device: torch.device | str = "cpu", *, digest: str | None = None) -> JEPA:
+    """Load a model onto `device`, in evaluation mode. `digest` is the `stored_digest` that the model must have.
 
     Raises:
-        CheckpointError: see `load_tensors`; or a part of the model is not registered or has a different version.
+        CheckpointError: see `load_tensors`; or a part of the model is not registered or has a different version; or
+            the model has another digest.
     """
     stem = Path(directory) / "model"
     tensors, body = _read(stem, _MODEL)
+    if digest is not None and _checksum(body) != digest:
+        raise CheckpointError(
+            f"{_json_path(stem)} is not the model that was verified: it was changed since. Restore the run from a copy"
+        )
     metadata = body["metadata"]
     check_shape(metadata, _ModelFile, _json_path(stem), CheckpointError)
     try:

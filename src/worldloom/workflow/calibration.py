@@ -20,7 +20,7 @@ from worldloom.core.seams import Agent
 from worldloom.core.seeds import derive_seed
 from worldloom.core.signing import SigningKey
 from worldloom.core.types import Context, Episode, Rollouts
-from worldloom.core.user_state import own_key
+from worldloom.core.user_state import own_key, state_folder
 from worldloom.envs import Frame
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
 from worldloom.guardrails import (
@@ -88,7 +88,7 @@ def calibrate(
             f"the method {name!r} does not use margins; choose a method that plans with guard='calibrated'"
         )
     risk, path, signer = rules.rule_set.risk, rules.margins_path(config.calibrated_as), key or own_key()
-    require_writable(path)
+    require_writable(path, state_folder())
     about: dict[str, Any] = {"method": config.model_dump(mode="json"), "inputs": rules.inputs()}
     shape = _shape(run, rules.rails(), config.horizon, risk, progress)
     if config.guarding == "per candidate":
@@ -120,7 +120,7 @@ def calibrate(
         })  # fmt: skip
         _log.info("round %d: %s", number + 1, history[-1])
         if needed <= factor:
-            margins = replace(trial, usual=witness.usual(risk))
+            margins = replace(trial, usual=witness.usual(risk), episodes=len(scores))  # of all splits
             about |= {"protocol": drawn.title, "confidence": confidence, "rounds": history}
             write_margins(path, margins, rules.rule_set, about, signer)
             return margins

@@ -46,7 +46,7 @@ class Session:
         self.run, self.rules, self._audit, self._simulator = run, run.rules, audit, simulator
         if rules is not None:
             own = run.recipe.rules
-            self.rules = run.bind(rules if own is None else RuleSet(layers=(own, *rules.layers)))
+            self.rules = run.bind(rules if own is None else RuleSet(layers=(own, *rules.layers), parts=rules.parts))
         self._owned = ExitStack()
         self.memory: EpisodicMemory | None = None
         if memory is not None:

@@ -104,9 +104,9 @@ def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str
             raise StorageError(
                 f"the dataset has no card {path.name}; its owner can sign one with 'worldloom weave classify'"
             )
-        content, key = read_signed(path, trusted, Domain.DATA_CARD)
-        card = parse_yaml(content, DataCard, source=str(path))
-        owner = {public.strip().lower(): name for public, name in trusted.items()}[key]
+        signed = read_signed(path, trusted, Domain.DATA_CARD)
+        card = parse_yaml(signed.content, DataCard, source=str(path))
+        owner = {public.strip().lower(): name for public, name in trusted.items()}[signed.key]
         if card.owner != owner:
             raise DataError(
                 f"the card names {card.owner} as the owner, but {owner} signed the card; {card.owner} must sign it"

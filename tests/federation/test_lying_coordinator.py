@@ -550,7 +550,7 @@ def test_a_contribution_from_another_ledger_of_the_same_consortium_is_refused(tm
         stored = first.rounds.message(0, "east").read_bytes()
     with closing(coordinator(who, {}, "other")) as second:
         message = unseal(stored, kind="contribution", known=who.constitution.known(), limit=10**9)
-        with pytest.raises(DataError, match="east has seen a different ledger, of 2 entries"):
+        with pytest.raises(DataError, match="east has seen a different ledger: it has 2 entries"):
             second._accept(0, second.rounds.base(0), message)
 
 

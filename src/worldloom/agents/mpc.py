@@ -144,7 +144,7 @@ class PlanningAgent(Agent):
 
     @property
     def followed(self) -> tuple[int, bool]:
-        """The last block of a plan that begins before the agent plans again, and whether it is executed completely."""
+        """The index of the last block that the agent executes before it plans again, and whether it completes it."""
         return self._into(self._replan)
 
     @property

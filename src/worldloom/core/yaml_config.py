@@ -121,7 +121,9 @@ def _values(node: Any, place: Place, lines: dict[Place, int], source: str) -> An
         if not isinstance(key, yaml.ScalarNode):
             raise ConfigError(f"{source}, line {line}: a key must be plain text; got a {key.id}. Write a name")
         if comparable(key.value) in seen:
-            twice = "appears twice" if key.value in found else f"looks like an earlier key (it is {key.value!a})"
+            twice = (
+                "appears twice" if key.value in found else f"looks like an earlier key (in ASCII, it is {key.value!a})"
+            )
             raise ConfigError(f"{source}, line {line}: the key {key.value!r} {twice}; remove one of the two")
         seen.add(comparable(key.value))
         if (hidden := hidden_character(key.value)) is not None:

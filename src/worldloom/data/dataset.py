@@ -440,7 +440,9 @@ class EpisodeDataset:
                 part = layout.frame_digests(pixels[first : first + 1024])
                 wrong = np.flatnonzero((part != digests[first : first + 1024]).any(axis=1))
                 if len(wrong):
-                    raise DataError(f"frame {first + wrong[0]} differs from its digest in {self._location}")
+                    raise DataError(
+                        f"frame {first + wrong[0]} is not the frame that {self._location} contains (its digest differs)"
+                    )
                 task.advance(len(part))
 
     def _frame_digests(self) -> UInt8[np.ndarray, "N 16"]:

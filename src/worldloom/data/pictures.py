@@ -92,7 +92,9 @@ def decode_picture(
             _turn_upright(opened, what)
             deep = _deep(opened, what, values)
             if deep is None and values is not None:
-                raise DataError(f"{what} has 8 bits per channel and is not scaled. Leave out --picture-range")
+                raise DataError(
+                    f"{what} already has 8 bits per channel, which need no scaling. Leave out --picture-range"
+                )
             picture = np.asarray(opened.convert("L" if opened.mode == "L" else "RGB")) if deep is None else deep
     except WorldloomError:
         raise

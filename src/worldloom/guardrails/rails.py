@@ -266,7 +266,7 @@ class Familiar(Rail):
     times: float = Field(default=1.5, gt=0)
 
     def reads(self, title: str, heads: Heads) -> tuple[Float[Tensor, "N D"], float, float]:
-        """Return the reference latents, the allowed gap in step lengths, and the step length."""
+        """Return the reference latents, the largest allowed gap as a multiple of the step length, and that length."""
         support, step_length = heads.support, heads.geometry.step_length
         return support.references, self.times * float(support.known) / step_length, step_length
 
@@ -375,7 +375,7 @@ class Rate(_OfActions):
     def violation(self, rollouts: Rollouts, size: int) -> Float[Tensor, "B S T"]:
         """Return by how much the largest action change in each block exceeds the limit.
 
-        The change from the previous block's last action counts.
+        This includes the change from the last action before a block to the first action of the block.
         """
         actions = _actions(rollouts, size)
         line = actions.flatten(2, 3)

@@ -297,8 +297,8 @@ class FunctionObjective(Objective):
         """Return the function's cost of each candidate.
 
         Raises:
-            PlanningError: the function fails, for example because it stores values for each environment of a larger
-                batch.
+            PlanningError: the function fails. The planner calls it on parts of the batch, so it fails for example if it
+                stores one value for each environment of the whole batch.
         """
         try:
             return self.function(rollouts)

@@ -226,9 +226,9 @@ class PlanningProblem:
 
         This is the cost of a candidate that satisfies all guardrails; otherwise it is a value above `FORBIDDEN` that
         grows with the violation. With `best`, only the `best` lowest values of each environment are exact. Guardrails
-        are then evaluated in order of cost, and not for candidates that cannot be among the best. With `below` and one
-        candidate per environment, guardrails are not evaluated where the cost is at least `below`; only values that are
-        lower than `below` are exact.
+        are then evaluated in order of cost, and not for candidates that cannot be among the best. `below` has an effect
+        only if S is 1. Guardrails are then evaluated only where the cost is lower than `below`, and only values that
+        are lower than `below` are exact.
         """
         # Group the environments so that rollouts are scored while they are in the cache.
         chunks = [rows for rows, _ in self._chunks(actions.shape[0], min(actions.shape[1], _CPU_ROWS))]

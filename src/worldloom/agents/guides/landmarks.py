@@ -147,7 +147,7 @@ class LandmarkGuide:
         return way.beyond
 
     def aim(self, here: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Return the subgoals of environments that have been located."""
+        """Return the subgoal of each environment: a landmark, or the goal itself. Call `locate` first."""
         aims, self.outlook = torch.empty_like(here), []
         for row, way in enumerate(self._ways):
             goal = min(way.goals, key=lambda each: float((here[row] - each.to(here)).norm()))

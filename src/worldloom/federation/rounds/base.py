@@ -85,7 +85,7 @@ class Base:
         save_tensors(stem, self.tensors, about, kind=_KIND)
 
     def save_new(self, stem: Path | str, about: Mapping[str, Any] | None = None) -> None:
-        """Write a base that rounds can start from, such as a pilot's or a released one.
+        """Write a base that rounds can start from, such as the base of a pilot, or a released base.
 
         Raises:
             StorageError: the file exists already, or writing failed.

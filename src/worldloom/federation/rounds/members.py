@@ -145,14 +145,14 @@ class Members:
             self._ledger.append("refusal", refusal, round=number)
 
     def check_seen(self, owner: str, seen: ChainHead) -> None:
-        """Check that the head in a member's contribution lies on the ledger's chain.
+        """Check that the ledger head (length and last hash) in a member's contribution lies on the ledger's chain.
 
         Raises:
             DataError: the member has seen a different ledger.
         """
         if not self._ledger.has(seen):
             raise DataError(
-                f"{owner} has seen a different ledger, of {seen.length} entries with the hash "
+                f"{owner} has seen a different ledger: it has {seen.length} entries, and the hash of the last one is "
                 f"{printable(seen.hash)[:64]}; compare both ledgers with 'worldloom weave ledger compare'"
             )
 

@@ -1,5 +1,7 @@
 """A member's copy of the ledger: each entry is checked once, and what happens to the file meanwhile is noticed."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,25 @@ def test_after_a_write_that_failed_what_comes_is_checked_anew(looms: Looms, monk
     with pytest.raises(DataError, match="entry 3 is not an entry of a chain"):
         store.follow(3, ["{}"])
     assert store.follow(3, [])["length"] == 3
+
+
+def test_a_copy_with_a_sparse_end_is_not_read_whole(looms: Looms) -> None:
+    store = looms.store()
+    store.follow(0, looms.lines("a", "b"))
+    os.truncate(store.ledger, 2**42)  # a line of 4 TB
+    for read in (store.read, looms.store().read, lambda: store.records):
+        with pytest.raises(DataError, match="entry 3 has 66561 characters; expected at most 66560"):
+            read()
+
+
+def test_a_head_that_another_member_signed_is_not_taken_for_the_own_one(looms: Looms) -> None:
+    lines, store = looms.lines("a", "b"), looms.store()
+    MemberStore(looms.folder / "acme", looms.rules, looms.keys["acme"]).follow(0, lines[:2])
+    store.follow(0, lines)
+    shutil.copy(looms.folder / "acme" / "countersigned.json", store.path)
+    for read in (store.read, lambda: store.follow(3, [])):
+        with pytest.raises(DataError, match=r"countersigned.json .* is signed with the key of another member"):
+            read()
 
 
 def test_of_no_ledger_nothing_is_countersigned(looms: Looms) -> None:

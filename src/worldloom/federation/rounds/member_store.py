@@ -15,9 +15,9 @@ from torch import Tensor
 
 from worldloom.core.chain import ChainHead
 from worldloom.core.errors import CheckpointError, DataError
-from worldloom.core.files import read_json, storage_errors, write_atomic, write_document, write_json
+from worldloom.core.files import read_json, write_atomic, write_document, write_json
 from worldloom.core.signing import SigningKey
-from worldloom.federation.record.ledger import LedgerReader, LedgerVerdict, is_signed
+from worldloom.federation.record.ledger import LedgerReader, LedgerVerdict, is_signed, lines_of
 from worldloom.federation.record.ledger_rules import Fork
 from worldloom.federation.record.statements import checked, countersign
 from worldloom.federation.rounds.base import Base
@@ -90,9 +90,22 @@ class MemberStore:
 
     @property
     def seen(self) -> ChainHead | None:
-        """The head of the ledger that the member countersigned; None before the first time."""
+        """The head of the ledger that the member countersigned; None before the first time.
+
+        Raises:
+            DataError: the file does not contain a head that this member signed.
+        """
         path = self.path / _SEEN
-        return checked(read_json(path), self._constitution) if path.is_file() else None
+        if not path.is_file():
+            return None
+        checkpoint = read_json(path)
+        head = checked(checkpoint, self._constitution)
+        if checkpoint["key"] != self._key.public:
+            raise DataError(
+                f"{_SEEN} in the folder of this member is signed with the key of another member; restore the file from "
+                f"a copy of this folder"
+            )
+        return head
 
     def follow(self, begin: int, lines: Sequence[str], *, request: bytes = b"") -> dict[str, Any]:
         """Append entries, the first with index `begin`, and return the countersigned head.
@@ -135,8 +148,7 @@ class MemberStore:
         return checkpoint
 
     def _content(self) -> bytes:
-        with storage_errors(self.ledger):
-            return self.ledger.read_bytes() if self.ledger.is_file() else b""
+        return b"".join(lines_of(self.ledger)) if self.ledger.is_file() else b""
 
     def _verified(self, content: bytes, what: str) -> LedgerReader:
         """Verify a ledger, also against the countersigned head; entries that were verified before are not read again.
@@ -290,7 +302,6 @@ class MemberStore:
             StorageError: no ledger is stored.
             DataError: the ledger does not verify.
         """
-        with storage_errors(self.ledger):
-            content = self.ledger.read_bytes()
+        content = b"".join(lines_of(self.ledger))
         self._verified(content, str(self.ledger))
         return content

@@ -523,6 +523,16 @@ def test_a_message_that_a_node_lost_is_sent_again_but_a_refusal_is_an_answer(gri
     assert [name for name, _ in grid.asked] == ["north", "north", "east"]
 
 
+def test_a_node_that_loses_every_message_is_given_up_and_its_long_reasons_are_cut(
+    grid: Grid, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid.answers["north"] = Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason="gone" * 10**6)
+    reply = ask(over(grid), "north")["north"]
+    assert reply.error == "gone" * 250
+    assert [name for name, _ in grid.asked] == ["north"] * 11
+    assert max(len(record.message) for record in caplog.records) < 1100
+
+
 def test_who_is_away_is_waited_for_only_while_it_is_connected(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     pull, may = grid.pull_messages, threading.Event()
 

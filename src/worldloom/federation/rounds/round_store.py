@@ -34,6 +34,11 @@ class RoundStore:
         """
         return Base.load(self._stem("bases", number), named=named)
 
+    @property
+    def newest(self) -> int:
+        """The newest round whose base is stored; -1 without bases."""
+        return max((int(path.stem) for path in self.path.glob(f"bases/{'[0-9]' * 5}.json")), default=-1)
+
     def momentum(self, number: int) -> dict[str, Tensor]:
         """Return the outer optimiser's momentum before a round; empty before the first round."""
         return load_tensors(self._stem("momenta", number), kind=_MOMENTUM)[0] if number else {}
@@ -75,6 +80,9 @@ class RoundStore:
 
 
 def _tensor(path: Path, name: str) -> Tensor:
-    with storage_errors(path), safetensors.safe_open(str(path), framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
+    try:
+        with storage_errors(path), safetensors.safe_open(str(path), framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise StorageError(f"{path} is damaged ({error}); restore the file from a copy") from None
     return tensor

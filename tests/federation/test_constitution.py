@@ -18,6 +18,7 @@ from worldloom.federation import (
     check_model,
     check_rules,
     countersign,
+    make_node_keys,
     ratify,
     read_constitution,
 )
@@ -105,6 +106,22 @@ def test_what_a_constitution_names_is_checked_before_anybody_trains(changed: dic
 def test_an_aggregation_that_suits_its_members_is_accepted() -> None:
     for aggregation in ({"name": "krum"}, {"name": "krum", "kept": 2}, {"name": "trimmed-mean"}):
         check_rules(Constitution.parse(_values(**_of(6, 5, aggregation=aggregation))))
+
+
+def test_a_connection_key_that_no_node_can_use_is_named_before_anybody_signs(tmp_path: Path) -> None:
+    good = make_node_keys(tmp_path, "acme").read_text()
+    for keys, why in (
+        ({"acme": "ssh-rsa AAAA"}, "members.acme.connection: acme's public key is invalid"),
+        ({"acme": good, "core": good}, "members.core.connection: acme has the same public key"),
+    ):
+        values = _values()
+        for name, key in keys.items():
+            values["members"][name] = {**values["members"][name], "connection": key}
+        with pytest.raises(ConfigError, match=why):
+            check_rules(Constitution.parse(values))
+    values = _values()
+    values["members"]["acme"]["connection"] = good
+    check_rules(Constitution.parse(values))
 
 
 def test_rules_that_work_but_not_as_intended_are_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -48,8 +48,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from worldloom.federation import Reply, Transport
 from worldloom.federation.transport import flower_internals
-from worldloom.federation.transport.flower import FlowerTransport, _carried, _carry, _public, join, serve
+from worldloom.federation.transport.flower import FlowerTransport, _carried, _carry, join, serve
 from worldloom.federation.transport.flower_process import PASS, Door, Gate, Limits
+from worldloom.federation.transport.keys import connection_key
 
 NODE = """
 import sys
@@ -101,7 +102,7 @@ def test_a_public_key_of_another_kind_is_refused(tmp_path: Path) -> None:
     text = other.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
     for wrong in (text, "", "ssh-ed25519 AAAA", make_node_keys(tmp_path, "north").with_suffix("").read_text()):
         with pytest.raises(DataError, match="north's public key"):
-            _public("north", wrong)
+            connection_key("north", wrong)
 
 
 def test_a_certificate_holds_for_its_hosts_and_days_and_is_not_written_over(tmp_path: Path) -> None:
@@ -717,7 +718,7 @@ def test_a_deployment_answers_refuses_strangers_and_survives_kills(deployment: D
             pytest.raises(httpx.HTTPStatusError, match="403"),
         ):
             control.RegisterNode(
-                RegisterNodeRequest(public_key=_public("x", deployment.public("stranger")["stranger"]))
+                RegisterNodeRequest(public_key=connection_key("x", deployment.public("stranger")["stranger"]))
             )
 
         # A node that is killed with all that belongs to it, and started again, answers.

@@ -8,13 +8,14 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from worldloom.core.config import parse_component
-from worldloom.core.errors import ConfigError
+from worldloom.core.errors import ConfigError, DataError
 from worldloom.federation.rounds.aggregation import AGGREGATORS
 from worldloom.federation.rounds.codecs import CODECS
 from worldloom.federation.rounds.outer import OUTER
 from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.rules.partition import PartitionConfig
 from worldloom.federation.secure.privacy import Accountant, PrivacyBudgetSpent
+from worldloom.federation.transport.keys import connection_key
 
 _log = logging.getLogger(__name__)
 
@@ -26,9 +27,10 @@ def check_rules(constitution: Constitution) -> None:
     rounds, and release conditions that no base can meet.
 
     Raises:
-        ConfigError: a component is invalid, no tensor can be shared, the aggregator cannot work with so few owners, or
-            the privacy budget is too small for one round.
+        ConfigError: a component or a member's key for connections is invalid, no tensor can be shared, the aggregator
+            cannot work with so few owners, or the privacy budget is too small for one round.
     """
+    _check_connections(constitution)
     parsers: dict[str, Callable[[], object]] = {
         "outer": lambda: parse_component(OUTER, constitution.outer),
         "codec": lambda: parse_component(CODECS, constitution.codec),
@@ -85,6 +87,21 @@ def check_model(constitution: Constitution, base: Mapping[str, Tensor]) -> None:
             f"{1e-6 * size:.3g} MB; raise it to at least {1 + math.ceil(1e-5 * values)}, and ask all members to sign "
             f"again"
         )
+
+
+def _check_connections(constitution: Constitution) -> None:
+    owners: dict[bytes, str] = {}
+    for name, member in constitution.members.items():
+        if not member.connection:  # as in a simulation
+            continue
+        try:
+            key = connection_key(name, member.connection)
+        except DataError as error:
+            raise ConfigError(f"members.{name}.connection: {error}") from None
+        if owners.setdefault(key, name) != name:
+            raise ConfigError(
+                f"members.{name}.connection: {owners[key]} has the same public key; give each node its own"
+            )
 
 
 def _check_aggregation(constitution: Constitution) -> None:

@@ -29,7 +29,7 @@ from worldloom.core.extras import missing_extra
 from worldloom.core.files import check_private, exclusive_lock, storage_errors
 from worldloom.core.signing import write_key
 from worldloom.federation.transport import flower_process as child
-from worldloom.federation.transport.keys import Tls
+from worldloom.federation.transport.keys import Tls, connection_key
 from worldloom.federation.transport.messages import Handler, Reply
 
 for _talkative in ("flwr", "httpx", "alembic"):  # one of these packages logs during its import
@@ -37,9 +37,6 @@ for _talkative in ("flwr", "httpx", "alembic"):  # one of these packages logs du
 
 try:
     import httpx
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
     from flwr.app import Array, ArrayRecord, Error, Message, MessageType, RecordDict
 
     from worldloom.federation.transport import flower_internals as flower
@@ -247,7 +244,7 @@ def serve(
     """
     names: dict[bytes, str] = {}
     for name, text in nodes.items():
-        public = _public(name, text)
+        public = connection_key(name, text)
         if public in names:
             raise DataError(f"{name} and {names[public]} have the same public key; give each node its own")
         names[public] = name
@@ -674,18 +671,6 @@ def _program() -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Flower uses a deprecated name of pathspec
         return flower.build_fab_from_files(_PROGRAM)[0]
-
-
-def _public(name: str, text: str) -> bytes:
-    try:
-        key = load_ssh_public_key(text.strip().encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise DataError(f"{name}'s public key is invalid ({error}); use the text of the node's .ssh.pub file") from None
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise DataError(
-            f"{name}'s public key has the wrong type; expected ECDSA on P-384. Create it with 'worldloom weave keys'"
-        )
-    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _await_port(host: str, port: int) -> None:

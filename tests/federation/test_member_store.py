@@ -13,7 +13,7 @@ from worldloom.core.signing import SigningKey, make_key
 from worldloom.federation import Constitution, Ledger, MemberStore
 from worldloom.federation.record import ledger as ledger_module
 from worldloom.federation.record.ledger import constitution_facts
-from worldloom.federation.rounds.member_store import LedgerForked
+from worldloom.federation.rounds.member_store import EntriesMissing, LedgerForked
 
 
 class Looms:
@@ -118,6 +118,23 @@ def test_a_copy_with_a_sparse_end_is_not_read_whole(looms: Looms) -> None:
     for read in (store.read, looms.store().read, lambda: store.records):
         with pytest.raises(DataError, match="entry 3 has 66561 characters; expected at most 66560"):
             read()
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text[:-200] + b"x" + text[-199:]])
+def test_a_damaged_copy_is_received_again_and_nobody_is_accused(looms: Looms, damage: Callable[[bytes], bytes]) -> None:
+    lines, other = looms.lines("a", "b", "c"), looms.lines("a", "b", "x")
+    looms.store().follow(0, lines)
+    for store in (looms.store(), looms.store()):
+        store.ledger.write_bytes(damage(store.ledger.read_bytes()))
+        with pytest.raises(EntriesMissing, match="only 3 entries"):
+            store.follow(4, [])
+        with pytest.raises(DataError, match="all later entries are missing"):
+            store.follow(3, [])
+        assert store.follow(0, lines)["length"] == 4
+    assert not list(store.path.glob("evidence-*.json"))
+    store.ledger.write_bytes(damage(store.ledger.read_bytes()))
+    with pytest.raises(LedgerForked):
+        store.follow(0, other)
 
 
 def test_a_head_that_another_member_signed_is_not_taken_for_the_own_one(looms: Looms) -> None:

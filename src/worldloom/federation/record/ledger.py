@@ -308,7 +308,7 @@ def read_ledger(
     return reading
 
 
-def lines_of(path: Path | str) -> Iterator[bytes]:
+def ledger_lines(path: Path | str) -> Iterator[bytes]:
     """Yield the lines of a ledger's file; the last one is a line that is too long, cut off.
 
     Raises:
@@ -338,7 +338,7 @@ def _read(
 ) -> tuple[LedgerReader, LedgerVerdict]:
     seen = [checked(checkpoint, constitution) for checkpoint in checkpoints]
     reading = LedgerReader(path, constitution)
-    lines = lines_of(path)
+    lines = ledger_lines(path)
     why = reading.take(line for line in lines if not growing or line.endswith(b"\n") or len(line) > _LONGEST)
     return reading, reading.verdict(why, seen)
 

@@ -719,11 +719,11 @@ def test_a_loss_that_the_ledger_lacks_is_logged_and_does_not_pass_a_release(tmp_
     assert missing == ["the held-out loss is known of 1 members; 2 are required"]
 
 
-def test_a_session_that_the_ledger_does_not_record_is_not_joined(tmp_path) -> None:
+def test_a_session_with_a_number_far_beyond_the_recorded_ones_is_not_joined(tmp_path) -> None:
     who = consortium(tmp_path, aggregation={"name": "mean"}, secure_aggregation=True)
     node = who.node("north")
     with closing(coordinator(who, {"north": node})) as lying:
         base = lying.rounds.base(0)
         asked = {"what": "advertise", "round": 0, "attempt": 10**6}
         ((_, answer),) = lying._members.exchange(["north"], asked, base, kind="advertised")
-    assert "the ledger does not record session 1000000 of round 0" in str(answer)
+    assert "session 1000000 of round 0 is not the next one: the ledger records 0 sessions" in str(answer)

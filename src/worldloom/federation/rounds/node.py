@@ -371,14 +371,15 @@ class Node:
         """Take a request to begin a session of a secure sum; see `_take`.
 
         Raises:
-            DataError: the ledger does not record the session. Its number then could be anything, and a node that joined
-                it would refuse the sessions of a coordinator that takes over.
+            DataError: the ledger records too few sessions for this number. A node that joined session 1000000 would
+                refuse every session of a coordinator that takes over.
         """
         taken, number, attempt = self._take(asked), asked.body["round"], asked.body["attempt"]
-        if attempt not in [facts["attempt"] for facts in self.store.records.of("session", number)]:
+        recorded = sum(entry.body["round"] == number for entry in self.store.records.entries("session"))
+        if attempt > recorded:
             raise DataError(
-                f"the ledger does not record session {attempt} of round {number}; the coordinator must record a "
-                f"session before it begins"
+                f"session {attempt} of round {number} is not the next one: the ledger records {recorded} sessions of "
+                f"this round; the coordinator must record each session"
             )
         return taken
 

@@ -107,15 +107,18 @@ class Coordinator(Closing):
         """Check that the ledger was not lost or cut: without it, the coordinator would write and sign another one.
 
         Raises:
-            DataError: a later base is stored than the ledger can lead to.
+            DataError: files are stored that later entries must have recorded.
         """
-        last, newest = max(self.ledger.bases(), default=-1), self.rounds.newest
-        # A base is stored before its own entry is written, but after the entries that it results from.
-        begun = last < 0 or self.ledger.of("contribution", last) or self.ledger.of("refusal", last)
-        if newest > (last + 1 if self.ledger.head.length and begun else last):
+        last = max(self.ledger.bases(), default=-1)
+        told = [entry.body["kind"] for entry in self.ledger.entries() if entry.body["round"] == last]
+        judged = told[::-1].index("contribution") if "contribution" in told else len(told) - 1
+        enough = self._constitution.secure_aggregation or told.count("contribution") >= self._constitution.quorum
+        # The next base is stored after the contributions and an evaluation are recorded, and before its own entry.
+        ended = enough and judged >= 1 if last >= 0 else self.ledger.head.length > 0
+        if self.rounds.newest > last + ended or self.rounds.begun > last:
             found = f"ends in round {last}" if last >= 0 else "has no base"
             raise DataError(
-                f"{self.ledger.path} {found}, but the base of round {newest} is stored: the ledger was lost or cut. "
+                f"{self.ledger.path} {found}, but later files are stored beside it: the ledger was lost or cut. "
                 f"Restore it from the longest copy of a member, which is consortium/ledger.jsonl in the member's folder"
             )
 

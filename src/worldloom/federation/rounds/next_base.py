@@ -114,6 +114,8 @@ def recompute(
     records = read_ledger(stored.ledger, constitution)
     again = _Recomputation(stored, made, records, constitution, without)
     published = {number: str(facts["fingerprint"]) for number, facts in records.bases().items()}
+    if not published:
+        raise DataError(f"{stored.ledger} has no base; check the path, or restore the file from a copy")
     # The folder of a successor has the base that its rounds start from, but no earlier rounds.
     begun = max((entry.body["round"] for entry in records.entries("succession")), default=0)
     base = stored.base(begun, named=published[begun])

@@ -63,6 +63,8 @@ def release(path: Path | str, constitution: Constitution, into: Path | str) -> P
         )
     records = read_ledger(path / "ledger.jsonl", constitution)
     bases = records.bases()
+    if not bases:
+        raise DataError(f"{path / 'ledger.jsonl'} has no base; check the path, or restore the file from a copy")
     number = max(bases)
     base = RoundStore(path).base(number, named=bases[number]["fingerprint"])
     with whole_folder(into) as begun:

@@ -16,6 +16,7 @@ from worldloom.federation.rounds.base import Base
 from worldloom.models import load_tensors, save_tensors
 
 _MOMENTUM = "outer-momentum"
+_ROUND = "[0-9]" * 5  # how a round is written in the names of files
 
 
 class RoundStore:
@@ -37,7 +38,13 @@ class RoundStore:
     @property
     def newest(self) -> int:
         """The newest round whose base is stored; -1 without bases."""
-        return max((int(path.stem) for path in self.path.glob(f"bases/{'[0-9]' * 5}.json")), default=-1)
+        return max((int(path.stem) for path in self.path.glob(f"bases/{_ROUND}.json")), default=-1)
+
+    @property
+    def begun(self) -> int:
+        """The newest round of which answers are stored; -1 without answers."""
+        folders = [*self.path.glob(f"contributions/{_ROUND}"), *self.path.glob(f"sessions/{_ROUND}-*")]
+        return max((int(path.name[:5]) for path in folders), default=-1)
 
     def momentum(self, number: int) -> dict[str, Tensor]:
         """Return the outer optimiser's momentum before a round; empty before the first round."""

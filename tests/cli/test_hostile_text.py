@@ -70,6 +70,8 @@ def test_errors_logs_and_tracebacks_show_controls_as_escapes(
         lines = console.SafeFormatter("%(levelname)s %(message)s").format(record).split("\n")
         assert len(lines) == 1
         assert harmless(lines[0])
+        record = logging.LogRecord("x", logging.WARNING, "x", 1, "a" * 10**6, (), None)
+        assert len(console.SafeFormatter("%(levelname)s %(message)s").format(record)) == 10_000
         sys.excepthook(type(raised), raised, raised.__traceback__)
     assert harmless(capsys.readouterr().err)
 

@@ -232,6 +232,18 @@ def test_a_tail_names_what_does_not_follow_and_what_is_gone(tmp_path: Path) -> N
         tail.new()
 
 
+def test_a_sparse_end_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    written(path, 2)
+    tail = Tail(path)
+    assert len(tail.new()) == 2
+    os.truncate(path, 2**42)  # an entry of 4 TB
+    with pytest.raises(DataError, match="entry 2 is longer than"):
+        tail.new()
+    with pytest.raises(DataError, match="entry 2 is longer than"):
+        Chain(path, durable=False)
+
+
 def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     with Chain(path), pytest.raises(StorageError, match="another process"):

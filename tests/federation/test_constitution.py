@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from worldloom.core.chain import ChainHead
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.signing import SigningKey, make_key
-from worldloom.federation import Constitution, Ledger, check_rules, countersign, ratify, read_constitution
+from worldloom.federation import (
+    Constitution,
+    Ledger,
+    check_model,
+    check_rules,
+    countersign,
+    make_node_keys,
+    ratify,
+    read_constitution,
+)
 from worldloom.federation.rules.constitution import ratification_path
 
 _SUMS = {"secure_aggregation": True, "aggregation": {"name": "mean"}, "quorum": 3}
@@ -63,16 +73,27 @@ def test_a_consortium_has_only_as_many_members_as_an_entry_of_the_ledger_has_roo
         ledger.append("survivors", {"attempt": 9, **answers}, round=0)
 
 
+def _of(members: int, quorum: int, **changed: Any) -> dict[str, Any]:
+    named = {f"m{index}": {"key": f"{index:064x}"} for index in range(members)}
+    return {"members": named, "coordinators": ["m0"], "quorum": quorum, **changed}
+
+
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
         ({"aggregation": {"name": "nosuch"}}, "aggregation: unknown"),
         ({"aggregation": {"name": "clipped-mean", "limt": 1}}, "aggregation: .*limt"),
         ({"aggregation": {"name": "krum"}}, "aggregation: krum with bad=1 needs at least 5 owners, but there are 3"),
+        (_of(6, 4, aggregation={"name": "krum"}), "needs at least 5 owners, but a round may have only the quorum of 4"),
+        (_of(6, 5, aggregation={"name": "krum", "kept": 6}), "krum with bad=1 keeps at most 5 of 6 deltas, not kept=6"),
+        (_of(6, 5, aggregation={"name": "krum", "kept": 1}), "1 weights of at most 0.5 each .* cannot sum to 1"),
+        ({"aggregation": {"name": "trimmed-mean"}}, "trim=0.2 drops no value of 3 owners, so it is a plain mean"),
         ({"outer": {"name": "diloco", "learning_rate": -5}}, "outer: .*learning_rate"),
+        ({"outer": {"name": "diloco", "learning_rate": 1e30}}, "outer: .*learning_rate"),
         ({"codec": {"name": "int8", "rounding": "up"}}, "codec: .*rounding"),
         ({"partition": {"nosuch": []}}, "partition: .*nosuch"),
         ({"partition": {"shared": []}}, "no tensor is shared"),
+        ({"partition": {"shared": ["encoder.*"], "sovereign": ["*"]}}, "no tensor is shared"),
         ({"privacy": {**_PRIVACY, "epsilon_budget": 1e-9}}, "not even one round fits into the budget"),
     ],
 )
@@ -80,6 +101,45 @@ def test_what_a_constitution_names_is_checked_before_anybody_trains(changed: dic
     check_rules(Constitution.parse(_values()))
     with pytest.raises(ConfigError, match=why):
         check_rules(Constitution.parse(_values(**changed)))
+
+
+def test_an_aggregation_that_suits_its_members_is_accepted() -> None:
+    for aggregation in ({"name": "krum"}, {"name": "krum", "kept": 2}, {"name": "trimmed-mean"}):
+        check_rules(Constitution.parse(_values(**_of(6, 5, aggregation=aggregation))))
+
+
+def test_a_connection_key_that_no_node_can_use_is_named_before_anybody_signs(tmp_path: Path) -> None:
+    good = make_node_keys(tmp_path, "acme").read_text()
+    for keys, why in (
+        ({"acme": "ssh-rsa AAAA"}, "members.acme.connection: acme's public key is invalid"),
+        ({"acme": good, "core": good}, "members.core.connection: acme has the same public key"),
+    ):
+        values = _values()
+        for name, key in keys.items():
+            values["members"][name] = {**values["members"][name], "connection": key}
+        with pytest.raises(ConfigError, match=why):
+            check_rules(Constitution.parse(values))
+    values = _values()
+    values["members"]["acme"]["connection"] = good
+    check_rules(Constitution.parse(values))
+
+
+def test_rules_that_work_but_not_as_intended_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    privacy = {**_PRIVACY, "epsilon_budget": 5.0}
+    check_rules(Constitution.parse(_values(privacy=privacy, release={"rounds": 4, "max_loss": 0.0})))
+    said = [record.message for record in caplog.records]
+    assert [line.partition(":")[0] for line in said] == ["privacy", "release.rounds", "release.max_loss"]
+    assert "no member can contribute to all 3 rounds" in said[0]
+
+
+def test_a_model_is_checked_before_anybody_trains_it() -> None:
+    base = {"encoder.w": torch.empty(1000, 1000, device="meta")}
+    small = _values(largest_megabytes=5.0)
+    check_model(Constitution.parse(small), base)
+    with pytest.raises(ConfigError, match="largest_megabytes: 5 is too small for this model, whose messages have 8 MB"):
+        check_model(Constitution.parse({**small, **_SUMS}), base)
+    with pytest.raises(ConfigError, match=r"partition.shared: no tensor of the model is shared"):
+        check_model(Constitution.parse(small), {})
 
 
 def test_who_has_not_signed_is_named(tmp_path: Path) -> None:
@@ -154,6 +214,7 @@ def test_a_third_for_each_of_three_is_the_whole() -> None:
         ),
         ({"classes": ["open", "controlled"]}, "only under differential privacy"),
         ({"classes": ["controlled"], "privacy": {**_PRIVACY, "noise": 0}}, "only under differential privacy"),
+        ({"privacy": {**_PRIVACY, "delta": 0.999}}, "privacy.delta: .*0.001"),
         ({"classes": ["sovereign"]}, "classes"),
         ({"coordinators": ["dora"]}, "'dora' is not a member"),
         ({"coordinators": ["acme", "acme"]}, "twice"),

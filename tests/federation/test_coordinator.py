@@ -150,6 +150,60 @@ def test_whichever_entry_of_the_ledger_was_the_last_before_a_kill(woven, tmp_pat
     assert [found.body["round"] for found in Records(ledger).entries("round")] == [0, 1, 2]
 
 
+def test_a_lost_or_cut_ledger_is_restored_from_a_member_and_not_begun_again(tmp_path) -> None:
+    consortium = Quick(tmp_path, rules={"outer": {"name": "fedavg"}})
+    nodes = {name: consortium.node(name) for name in OWNERS}
+    handlers = {name: node.handle for name, node in nodes.items()}
+    with closing(consortium.coordinator(handlers)) as coordinator:
+        coordinator.run_round(0)
+        coordinator.run_round(1)
+    ledger = tmp_path / "rounds" / "ledger.jsonl"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    # Without its last three entries, the ledger is a member's copy, or that of a coordinator that was killed.
+    for left in (None, *(b"".join(lines[:count]) for count in range(len(lines) - 3))):
+        ledger.unlink() if left is None else ledger.write_bytes(left)
+        with pytest.raises(DataError, match="the ledger was lost or cut. Restore it from the longest copy"):
+            consortium.coordinator(handlers)
+        assert ledger.read_bytes() == (left or b"")
+    shutil.copy(tmp_path / "north" / "consortium" / "ledger.jsonl", ledger)
+    run(consortium, handlers)
+    assert verify_ledger(ledger, consortium.constitution).broken is None
+    assert [node.fault for node in nodes.values()] == [None, None, None]
+
+
+def test_a_node_whose_stored_answer_is_damaged_trains_again(tmp_path) -> None:
+    consortium = Quick(tmp_path, rules={"rounds": 1, "outer": {"name": "fedavg"}})
+    with closing(consortium.coordinator({})) as coordinator:
+        base, lines = coordinator.rounds.base(0), coordinator.ledger.lines()
+    body = {"what": "train", "round": 0, "constitution": consortium.constitution.fingerprint, "base": base.fingerprint}
+    body["ledger"] = {"begin": 0, "lines": lines}
+    asked = seal("ask", body, base.tensors, key=consortium.keys["coordinator"])
+    answer = consortium.node("north").handle(asked)
+    (stored,) = (tmp_path / "north" / "answers").glob("*.msg")
+    for damaged in (answer[:-5] + bytes([answer[-5] ^ 1]) + answer[-4:], answer[:100], b""):
+        stored.write_bytes(damaged)
+        assert consortium.node("north").handle(asked) == answer
+        assert stored.read_bytes() == answer
+
+
+def test_a_node_whose_stored_base_is_damaged_takes_the_next_one(tmp_path) -> None:
+    consortium = Quick(tmp_path, rules={"outer": {"name": "fedavg"}})
+    stored = tmp_path / "north" / "consortium" / "base.json"
+    for number, content in enumerate((None, "[]", "{")):
+        if content is not None:
+            stored.write_text(content)
+        with closing(consortium.coordinator()) as coordinator:
+            coordinator.run_round(number)
+        assert consortium.node("north").store.base()[0] == number
+    assert not reasons(consortium)
+
+
+def test_a_codec_with_drawn_rounding_works_in_a_round(tmp_path) -> None:
+    consortium = Quick(tmp_path, rules={"rounds": 1, "codec": {"name": "int8", "rounding": "stochastic"}})
+    run(consortium)
+    assert not reasons(consortium)
+
+
 def test_a_node_that_is_asked_again_says_the_same(woven) -> None:
     consortium, _ = woven
     base = RoundStore(consortium.path / "rounds").base(2)
@@ -614,3 +668,48 @@ def test_a_verdict_that_is_none_ends_no_round(tmp_path, change) -> None:
     (facts,) = [entry.body["facts"] for entry in records.entries("round")]
     assert set(facts["evaluation"]["owners"]) == {"east", "north"}
     assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", consortium.constitution).broken is None
+
+
+def test_a_long_request_does_not_fill_the_log_of_a_node(tmp_path, caplog) -> None:
+    consortium = Quick(tmp_path)
+    body = {"constitution": consortium.constitution.fingerprint, "what": "x" * 10**6}
+    answer = consortium.node("north").handle(seal("ask", body, {}, key=consortium.keys["coordinator"]))
+    refusal = unseal(answer, kind="refusal", known=consortium.constitution.known(), limit=10**9)
+    assert len(refusal.body["why"]) == 1000
+    assert max(len(record.message) for record in caplog.records) < 1100
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_contribution_with_a_head_before_its_base_is_refused_and_the_ledger_stays_valid(tmp_path, secure) -> None:
+    sums = {"aggregation": {"name": "mean"}, "secure_aggregation": True} if secure else {}
+    consortium = Quick(tmp_path, rules={"rounds": 2, "outer": {"name": "fedavg"}, **sums})
+    east, kind = consortium.node("east"), "advertised" if secure else "contribution"
+
+    def older(message: bytes) -> bytes:
+        answer = east.handle(message)
+        try:
+            said = unseal(answer, kind=kind, known=consortium.constitution.known(), limit=10**9)
+        except DataError:
+            return answer
+        first = next(Records(tmp_path / "rounds" / "ledger.jsonl").entries())
+        seen = {"length": 1, "hash": first.hash}
+        return seal(kind, {**said.body, "seen": seen}, said.tensors, key=consortium.keys["east"])
+
+    run(consortium, {"east": older})
+    assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", consortium.constitution).broken is None
+    assert all("east signed a contribution after it had seen 1 entries" in reason for reason in reasons(consortium))
+    assert len(reasons(consortium)) == 2
+
+
+def test_losses_that_are_not_numbers_are_a_refusal_with_the_cause(tmp_path) -> None:
+    consortium = Quick(tmp_path, rules={"rounds": 1}, loss=lambda base: float("nan"))
+    base = initial_base(MODEL, points().spec, consortium.partition, seed=0)
+    with closing(consortium.coordinator({})) as coordinator:
+        lines = coordinator.ledger.lines()
+    body = {"what": "judge", "round": 0, "constitution": consortium.constitution.fingerprint, "base": base.fingerprint}
+    asked = seal(
+        "ask", {**body, "ledger": {"begin": 0, "lines": lines}}, base.tensors, key=consortium.keys["coordinator"]
+    )
+    answer = consortium.node("north").handle(asked)
+    refusal = unseal(answer, kind="refusal", known=consortium.constitution.known(), limit=10**6)
+    assert refusal.body["why"] == "the held-out loss with this base is nan, so the base is of no use"

@@ -48,8 +48,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from worldloom.federation import Reply, Transport
 from worldloom.federation.transport import flower_internals
-from worldloom.federation.transport.flower import FlowerTransport, _carried, _carry, _public, join, serve
+from worldloom.federation.transport.flower import FlowerTransport, _carried, _carry, join, serve
 from worldloom.federation.transport.flower_process import PASS, Door, Gate, Limits
+from worldloom.federation.transport.keys import connection_key
 
 NODE = """
 import sys
@@ -101,7 +102,7 @@ def test_a_public_key_of_another_kind_is_refused(tmp_path: Path) -> None:
     text = other.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
     for wrong in (text, "", "ssh-ed25519 AAAA", make_node_keys(tmp_path, "north").with_suffix("").read_text()):
         with pytest.raises(DataError, match="north's public key"):
-            _public("north", wrong)
+            connection_key("north", wrong)
 
 
 def test_a_certificate_holds_for_its_hosts_and_days_and_is_not_written_over(tmp_path: Path) -> None:
@@ -523,6 +524,16 @@ def test_a_message_that_a_node_lost_is_sent_again_but_a_refusal_is_an_answer(gri
     assert [name for name, _ in grid.asked] == ["north", "north", "east"]
 
 
+def test_a_node_that_loses_every_message_is_given_up_and_its_long_reasons_are_cut(
+    grid: Grid, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid.answers["north"] = Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason="gone" * 10**6)
+    reply = ask(over(grid), "north")["north"]
+    assert reply.error == "gone" * 250
+    assert [name for name, _ in grid.asked] == ["north"] * 11
+    assert max(len(record.message) for record in caplog.records) < 1100
+
+
 def test_who_is_away_is_waited_for_only_while_it_is_connected(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     pull, may = grid.pull_messages, threading.Event()
 
@@ -707,7 +718,7 @@ def test_a_deployment_answers_refuses_strangers_and_survives_kills(deployment: D
             pytest.raises(httpx.HTTPStatusError, match="403"),
         ):
             control.RegisterNode(
-                RegisterNodeRequest(public_key=_public("x", deployment.public("stranger")["stranger"]))
+                RegisterNodeRequest(public_key=connection_key("x", deployment.public("stranger")["stranger"]))
             )
 
         # A node that is killed with all that belongs to it, and started again, answers.

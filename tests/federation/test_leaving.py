@@ -1,13 +1,15 @@
 """Leaving and coming back, going on alone, the ledgers that members keep, and taking over from a lost coordinator."""
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from consortium import MODEL, OWNERS, Consortium, points
+from consortium import MODEL, OWNERS, Consortium, Quick, points
 
 from worldloom.core.errors import DataError, StorageError, TrainingError
 from worldloom.federation import (
@@ -99,6 +101,29 @@ def test_a_base_that_the_ledger_does_not_name_is_not_kept(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="does not match the ledger"):
         store.save_base(0, Base.of({name: tensor + 1 for name, tensor in base.tensors.items()}))
     assert store.base()[0] == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "null", "{", '{"left": true}', '{"left": true, "why": 5}'])
+def test_a_damaged_file_of_an_exit_is_named_and_nothing_is_signed_from_it(tmp_path: Path, content: str) -> None:
+    consortium = Quick(tmp_path, rules={"rounds": 1, "outer": {"name": "fedavg"}})
+    (tmp_path / "south").mkdir()
+    (tmp_path / "south" / "left.json").write_text(content)
+    with closing(consortium.coordinator()) as coordinator:
+        coordinator.run_round(0)
+    assert not kinds(consortium, "exit")
+    (said,) = [one["reason"] for one in kinds(consortium, "refusal")]
+    assert said.startswith("south refuses: ")
+    assert "left.json is" in said
+
+
+def test_only_the_reason_of_an_exit_is_signed_from_its_file(tmp_path: Path) -> None:
+    consortium = Quick(tmp_path, rules={"rounds": 1, "outer": {"name": "fedavg"}})
+    left = {"left": True, "why": "south left", "round": 7, "constitution": "0" * 64, "helped": True}
+    (tmp_path / "south").mkdir()
+    (tmp_path / "south" / "left.json").write_text(json.dumps(left))
+    with closing(consortium.coordinator()) as coordinator:
+        coordinator.run_round(0)
+    assert [one["reason"] for one in kinds(consortium, "exit")] == ["south left"]
 
 
 def test_an_owner_leaves_with_nobodys_leave_goes_on_alone_and_comes_back(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ from worldloom.federation import (
     verify_ledger,
 )
 from worldloom.federation.record.envelope import SignedMessage, read_statement, seal, unseal, unseal_answer
+from worldloom.federation.record.statements import SignedContribution
+from worldloom.federation.rounds.release import unmet
 
 FEDAVG = {"rounds": 2, "outer": {"name": "fedavg"}}
 
@@ -579,6 +581,12 @@ def test_recomputed_bases_do_not_replace_those_of_a_coordinator(tmp_path) -> Non
         recompute(tmp_path / "rounds", who.constitution, into=tmp_path / "other")
     for _ in range(2):
         recompute(tmp_path / "rounds", who.constitution, into=tmp_path / "again")
+    (tmp_path / "other" / "ledger.jsonl").unlink()
+    base = (tmp_path / "other" / "bases" / "00000.json").read_bytes()
+    for into in ("other", "keys"):
+        with pytest.raises(StorageError, match=f"{into} has other content; choose an empty folder"):
+            recompute(tmp_path / "rounds", who.constitution, into=tmp_path / into)
+    assert (tmp_path / "other" / "bases" / "00000.json").read_bytes() == base
 
 
 def test_a_member_that_answers_after_a_kill_does_not_change_a_round_that_is_recorded(tmp_path) -> None:
@@ -649,3 +657,73 @@ KINDS = ("base", "contribution", "round", "session", "survivors", "sum", "succes
 def test_whatever_a_coordinator_signs_is_judged_without_an_exception(begun, kind, number, facts) -> None:
     who, entries = begun
     assert isinstance(reader(who, entries).fit_fault({"kind": kind, "round": number, "facts": facts}), str)
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts", "why"),
+    [
+        ("refusal", {"owner": "east", "reason": "x", "said_by": []}, "names an accuser that is not a member"),
+        ("session", {"attempt": 10**6}, "is session 1000000 of its round; expected session 0"),
+        ("session", {"attempt": False}, "is session False of its round"),
+        ("session", {}, "is session"),
+        ("return", {"owner": "north", "junk": 1}, "contains more than the name of its member"),
+    ],
+)
+def test_entries_that_would_stop_a_successor_are_refused(begun, kind, facts, why) -> None:
+    who, entries = begun
+    assert why in reader(who, entries).fit_fault({"kind": kind, "round": 0, "facts": facts})
+
+
+@pytest.mark.parametrize("weight", [0.51, -0.1, True, "0.5", None])
+def test_no_weight_of_a_round_exceeds_the_cap(tmp_path, weight) -> None:
+    who = consortium(tmp_path)
+    with closing(coordinator(who, {name: who.node(name) for name in OWNERS})) as first:
+        first._gather(0, first.rounds.base(0))
+        entries = list(first.ledger.entries())
+    weights = {"north": weight, "east": 0.25, "south": 0.25}
+    body = {"kind": "round", "round": 0, "facts": {"weights": weights, "left_out": [], "evaluation": None}}
+    assert "a weight that is not a number from 0 to the cap, 0.5" in reader(who, entries).fit_fault(body)
+    body["facts"]["weights"] = {**weights, "north": 0.5}
+    assert not reader(who, entries).fit_fault(body)
+
+
+def test_data_of_a_class_that_may_not_shape_the_base_is_found_by_every_reader(tmp_path) -> None:
+    who = Quick(tmp_path, rules=FEDAVG, classes={"east": "private"})
+    nodes = {name: who.node(name) for name in OWNERS}
+    with closing(coordinator(who, nodes)) as lax:
+        base = lax.rounds.base(0)
+        asked = {"what": "train", "round": 0}
+        ((_, message),) = lax._members.exchange(["east"], asked, base, kind="contribution")
+        assert isinstance(message, SignedMessage)
+        lax.ledger.append(
+            "contribution", SignedContribution.of([message.statement], 0, who.constitution).facts, round=0
+        )
+    why = verify_ledger(tmp_path / "rounds" / "ledger.jsonl", who.constitution).why
+    assert why == "is a contribution of east from private data, which may not shape the base"
+
+
+def test_a_loss_that_the_ledger_lacks_is_logged_and_does_not_pass_a_release(tmp_path, caplog) -> None:
+    who = consortium(tmp_path, release={"max_loss": 2.0})
+    nodes = {name: who.node(name) for name in OWNERS}
+
+    class Chooses(Invents):
+        def changed(self, evaluation: dict[str, Any]) -> dict[str, Any]:
+            return {"before": 1.0, "after": 1.0, "owners": {"north": [1.0, 1.0]}}
+
+    with closing(coordinator(who, nodes, kind=Chooses)) as lying:
+        lying.run()
+    said = [one.message for one in caplog.records if "lacks a held-out loss that east sent" in one.message]
+    assert [line.partition(":")[0] for line in said] == ["round 0", "round 0", "round 1", "round 1"]
+    assert not any(evidence(node) for node in nodes.values())
+    missing = unmet(tmp_path / "rounds", who.constitution)
+    assert missing == ["the held-out loss is known of 1 members; 2 are required"]
+
+
+def test_a_session_with_a_number_far_beyond_the_recorded_ones_is_not_joined(tmp_path) -> None:
+    who = consortium(tmp_path, aggregation={"name": "mean"}, secure_aggregation=True)
+    node = who.node("north")
+    with closing(coordinator(who, {"north": node})) as lying:
+        base = lying.rounds.base(0)
+        asked = {"what": "advertise", "round": 0, "attempt": 10**6}
+        ((_, answer),) = lying._members.exchange(["north"], asked, base, kind="advertised")
+    assert "session 1000000 of round 0 is not the next one: the ledger records 0 sessions" in str(answer)

@@ -1,5 +1,7 @@
 """A member's copy of the ledger: each entry is checked once, and what happens to the file meanwhile is noticed."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from worldloom.core.signing import SigningKey, make_key
 from worldloom.federation import Constitution, Ledger, MemberStore
 from worldloom.federation.record import ledger as ledger_module
 from worldloom.federation.record.ledger import constitution_facts
-from worldloom.federation.rounds.member_store import LedgerForked
+from worldloom.federation.rounds.member_store import EntriesMissing, LedgerForked
 
 
 class Looms:
@@ -107,6 +109,42 @@ def test_after_a_write_that_failed_what_comes_is_checked_anew(looms: Looms, monk
     with pytest.raises(DataError, match="entry 3 is not an entry of a chain"):
         store.follow(3, ["{}"])
     assert store.follow(3, [])["length"] == 3
+
+
+def test_a_copy_with_a_sparse_end_is_not_read_whole(looms: Looms) -> None:
+    store = looms.store()
+    store.follow(0, looms.lines("a", "b"))
+    os.truncate(store.ledger, 2**42)  # a line of 4 TB
+    for read in (store.read, looms.store().read, lambda: store.records):
+        with pytest.raises(DataError, match="entry 3 has 66561 characters; expected at most 66560"):
+            read()
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text[:-200] + b"x" + text[-199:]])
+def test_a_damaged_copy_is_received_again_and_nobody_is_accused(looms: Looms, damage: Callable[[bytes], bytes]) -> None:
+    lines, other = looms.lines("a", "b", "c"), looms.lines("a", "b", "x")
+    looms.store().follow(0, lines)
+    for store in (looms.store(), looms.store()):
+        store.ledger.write_bytes(damage(store.ledger.read_bytes()))
+        with pytest.raises(EntriesMissing, match="only 3 entries"):
+            store.follow(4, [])
+        with pytest.raises(DataError, match="all later entries are missing"):
+            store.follow(3, [])
+        assert store.follow(0, lines)["length"] == 4
+    assert not list(store.path.glob("evidence-*.json"))
+    store.ledger.write_bytes(damage(store.ledger.read_bytes()))
+    with pytest.raises(LedgerForked):
+        store.follow(0, other)
+
+
+def test_a_head_that_another_member_signed_is_not_taken_for_the_own_one(looms: Looms) -> None:
+    lines, store = looms.lines("a", "b"), looms.store()
+    MemberStore(looms.folder / "acme", looms.rules, looms.keys["acme"]).follow(0, lines[:2])
+    store.follow(0, lines)
+    shutil.copy(looms.folder / "acme" / "countersigned.json", store.path)
+    for read in (store.read, lambda: store.follow(3, [])):
+        with pytest.raises(DataError, match=r"countersigned.json .* is signed with the key of another member"):
+            read()
 
 
 def test_of_no_ledger_nothing_is_countersigned(looms: Looms) -> None:

@@ -6,7 +6,7 @@ import pytest
 from consortium import MODEL, Consortium, points
 
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.federation import Base, Constitution, RoundStore, fingerprint, initial_base, release
+from worldloom.federation import Base, Constitution, RoundStore, fingerprint, initial_base, recompute, release
 from worldloom.federation.rounds.release import unmet
 from worldloom.models import load_tensors
 
@@ -47,6 +47,15 @@ def test_each_gate_that_is_not_passed_is_named_and_nothing_is_written(tmp_path: 
     with pytest.raises(DataError, match="may not be released yet: 1 rounds are done; 2 are required"):
         release(tmp_path / "c" / "rounds", consortium.constitution, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_of_an_empty_ledger_nothing_is_released_or_recomputed(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    (tmp_path / "rounds").mkdir()
+    (tmp_path / "rounds" / "ledger.jsonl").touch()
+    for use in (release, lambda rounds, rules, into: recompute(rounds, rules, into=into)):
+        with pytest.raises(DataError, match=r"ledger.jsonl has no base; check the path"):
+            use(tmp_path / "rounds", consortium.constitution, tmp_path / "out")
 
 
 def test_a_ledger_that_no_member_countersigned_since_is_not_enough(tmp_path: Path) -> None:

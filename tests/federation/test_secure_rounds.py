@@ -830,3 +830,43 @@ def test_a_sum_that_was_opened_and_lost_holds_up_no_round(tmp_path) -> None:
     records = Records(tmp_path / "rounds" / "ledger.jsonl")
     assert records.bases()[0]["fingerprint"] == records.bases()[1]["fingerprint"] != last.fingerprint
     assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", consortium.constitution).broken is None
+
+
+def test_a_damaged_stored_answer_is_named_and_not_sent(tmp_path: Path) -> None:
+    consortium = quick(tmp_path)
+    north = consortium.node("north")
+
+    def asked_twice(message: bytes) -> bytes:
+        answer = north.handle(message)
+        if what_of(consortium, message) == "share":
+            (tmp_path / "north" / "secure" / "shared.msg").write_bytes(answer[:-1] + bytes([answer[-1] ^ 1]))
+            return north.handle(message)
+        return answer
+
+    run(consortium, {"north": asked_twice})
+    (refusal,) = said(consortium, "refusal")
+    assert "the stored answer of north to the request to share is damaged" in refusal["reason"]
+
+
+def test_a_damaged_answer_in_the_coordinators_folder_is_asked_for_again(tmp_path: Path, caplog) -> None:
+    consortium = quick(tmp_path)
+    handlers = {name: consortium.node(name).handle for name in OWNERS}
+    coordinator = consortium.coordinator({**handlers, "south": gone_at(consortium, "south", "unmask")})
+    coordinator._sums._ledger.append = dies_at("sum", coordinator._sums._ledger.append)
+    with pytest.raises(KeyboardInterrupt):
+        coordinator.run()
+    coordinator.close()
+    (stored,) = (tmp_path / "rounds" / "sessions").glob("*/unmask/north.msg")
+    stored.write_bytes(stored.read_bytes()[:-1])
+    run(consortium, handlers)
+    assert f"{stored} is damaged" in caplog.text
+    assert said(consortium, "sum")
+
+
+def dies_at(kind: str, append: Callable[..., Any]) -> Callable[..., Any]:
+    def dies(what: str, *arguments: Any, **options: Any) -> Any:
+        if what == kind:
+            raise KeyboardInterrupt
+        return append(what, *arguments, **options)
+
+    return dies

@@ -19,6 +19,8 @@ from rich.text import Text
 from worldloom.core.progress import Progress, ProgressTask
 from worldloom.core.text import one_line, printable
 
+_LONGEST_LINE = 10_000  # characters
+
 
 class SafeConsole(Console):
     """A console that escapes control characters, so that no party's text can send commands to the terminal."""
@@ -34,8 +36,8 @@ class SafeFormatter(logging.Formatter):
     """Formats each record on one line, and its traceback below, with control and invisible characters as escapes."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """Return the line."""
-        return one_line(super().formatMessage(record))
+        """Return the line; of a long line, which may quote another party, only the beginning."""
+        return one_line(super().formatMessage(record)[:_LONGEST_LINE])
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line and the traceback."""

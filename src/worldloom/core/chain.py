@@ -174,9 +174,12 @@ class Chain(Closing):
         Raises:
             DataError: the end of the file is not the beginning of an entry, so the file may not be a chain.
         """
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        torn = content[whole:]
+        with self.path.open("rb") as file:
+            begin = max(0, os.fstat(file.fileno()).st_size - _LONGEST)  # the last entry is shorter than this
+            file.seek(begin)
+            end = file.read(_LONGEST)
+        torn = end[end.rfind(b"\n") + 1 :]
+        whole = begin + len(end) - len(torn)
         entry, _ = read_entry(torn + b"\n", head)
         if entry is not None:
             with self.path.open("ab") as file:
@@ -219,16 +222,15 @@ class Tail:
                     f"from a copy"
                 )
             file.seek(self._offset)
-            content = file.read()
-        for line in content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]:
-            entry, why = read_entry(line + b"\n", self._head)
-            if entry is None:
-                raise DataError(
-                    f"{self.path} does not verify: entry {self._head.length} {why}. Restore the file from a copy"
-                )
-            found.append(entry)
-            self._offset += len(line) + 1
-            self._head = entry.head
+            while (line := file.readline(_LONGEST)).endswith(b"\n") or len(line) == _LONGEST:
+                entry, why = read_entry(line, self._head)
+                if entry is None:
+                    raise DataError(
+                        f"{self.path} does not verify: entry {self._head.length} {why}. Restore the file from a copy"
+                    )
+                found.append(entry)
+                self._offset += len(line)
+                self._head = entry.head
         return found
 
 

@@ -35,7 +35,7 @@ from worldloom.federation.rounds.node import Node
 from worldloom.federation.rounds.outer import OUTER, Outer
 from worldloom.federation.rounds.release import release
 from worldloom.federation.rounds.round_store import RoundStore
-from worldloom.federation.rounds.rule_check import check_rules
+from worldloom.federation.rounds.rule_check import check_model, check_rules
 from worldloom.federation.rules.cards import (
     CLASSES,
     DataCard,
@@ -101,6 +101,7 @@ __all__ = [
     "card_of",
     "card_path",
     "check_has_a_pilot",
+    "check_model",
     "check_rules",
     "classify",
     "clip_and_noise",

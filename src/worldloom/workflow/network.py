@@ -1,7 +1,6 @@
 """A consortium over the network: coordinator and nodes run on their owners' machines, each with its own YAML file."""
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from worldloom.federation import (
     PartitionConfig,
     Tls,
     check_has_a_pilot,
+    check_model,
     initial_base,
     make_node_keys,
     make_tls,
@@ -385,15 +385,10 @@ def _largest_message(base: Base, constitution: Constitution) -> int:
     No codec needs more than 8 bytes per value, and neither does a masked delta.
 
     Raises:
-        ConfigError: the constitution allows only messages that are smaller than the base itself.
+        ConfigError: rounds cannot run with this base; see `check_model`.
     """
+    check_model(constitution, base.tensors)
     values = sum(tensor.numel() for tensor in base.tensors.values())
-    if 4 * values > constitution.largest_bytes:
-        raise ConfigError(
-            f"largest_megabytes: {constitution.largest_megabytes:g} is too small for this model, whose base has "
-            f"{4e-6 * values:.3g} MB; raise it to at least {1 + math.ceil(1e-5 * values)}, and ask all members to sign "
-            f"again"
-        )
     return min(constitution.largest_bytes, 8 * values + 2**11 * len(base.tensors) + 2**20)
 
 

@@ -311,6 +311,19 @@ def read_ledger(
     return reading
 
 
+def ledger_lines(path: Path | str) -> Iterator[bytes]:
+    """Yield the lines of a ledger's file; the last one is a line that is too long, cut off.
+
+    Raises:
+        StorageError: there is no such file.
+    """
+    with storage_errors(path), Path(path).open("rb") as file:
+        while line := file.readline(_LONGEST + 1):
+            yield line
+            if len(line) > _LONGEST:
+                return
+
+
 def broken(path: Path | str, index: int, why: str) -> DataError:
     """Return the error for a ledger whose entry `index` is invalid."""
     return DataError(
@@ -328,9 +341,8 @@ def _read(
 ) -> tuple[LedgerReader, LedgerVerdict]:
     seen = [checked(checkpoint, constitution) for checkpoint in checkpoints]
     reading = LedgerReader(path, constitution)
-    with storage_errors(path), Path(path).open("rb") as file:
-        lines = iter(lambda: file.readline(_LONGEST + 1), b"")  # a line of any length is not read whole
-        why = reading.take(line for line in lines if not growing or line.endswith(b"\n") or len(line) > _LONGEST)
+    lines = ledger_lines(path)
+    why = reading.take(line for line in lines if not growing or line.endswith(b"\n") or len(line) > _LONGEST)
     return reading, reading.verdict(why, seen)
 
 

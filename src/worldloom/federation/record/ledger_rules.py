@@ -4,7 +4,8 @@ An entry about a contribution contains exactly what the member signed, for the b
 The entry that ends a round names every contribution that was not refused. A base changes only by a round with
 contributions of at least a quorum. A member accepts only one ledger, and contributes to a round only after it has seen
 the round's base in that ledger. If the quorum is more than half of the members, any two quorums share a member. Two
-ledgers can then differ in one round only, and at most one of them continues.
+ledgers can then differ in one round only, and at most one of them continues. A successor reads the sessions and
+refusals that a lost coordinator recorded, so these are checked as well.
 
 A member leaves by its own signed message for the current round, and returns by a contribution that it signed after the
 ledger had recorded its exit.
@@ -22,12 +23,13 @@ from worldloom.core.errors import DataError
 from worldloom.federation.record.ledger_history import printable
 from worldloom.federation.record.statements import SignedContribution, exit_fault
 from worldloom.federation.rules.constitution import Constitution
-from worldloom.federation.rules.ranges import Loss, within
+from worldloom.federation.rules.ranges import Loss, Share, within
 
 THE_SUM = "the sum of all"
 """The owner named in refusals that concern the sum of all contributions; no member can have this name."""
 
-_LOSS = TypeAdapter(Loss)
+_LOSS, _SHARE = TypeAdapter(Loss), TypeAdapter(Share)
+_ROUNDING = 1e-6  # a cap of 1/3 as a float is a little less than a third
 
 
 class Fork(str):
@@ -44,6 +46,7 @@ class LedgerRules:
         self._left: dict[str, int] = {}  # member that left -> length of the ledger with its exit
         self._exits = set[str]()  # the members' signed messages in exits
         self._epsilon: dict[str, float] = {}  # owner -> the spent privacy that it reported last
+        self._sessions = 0  # of secure sums in this round, also before a succession
         self._seen = 0  # length of the ledger that the member of the contribution checked last had seen
         self._begin()
 
@@ -81,8 +84,10 @@ class LedgerRules:
             return f"is a {kind} after the end of its round"
         if kind == "contribution":
             return self._contribution_fault(number, facts)
-        if kind == "refusal" and facts.get("owner") not in (THE_SUM, *self._constitution.members):
-            return "is a refusal that names no member as the owner of the contribution"
+        if kind == "refusal":
+            return self._refusal_fault(facts)
+        if kind == "session":
+            return self._session_fault(facts)
         if kind == "exit":
             return self._exit_fault(number, facts)
         if kind == "return":
@@ -98,8 +103,11 @@ class LedgerRules:
         body, facts = entry.body, entry.body["facts"]
         if body["kind"] == "base":
             self._round, self._base, self._named = body["round"], str(facts.get("fingerprint")), entry.index + 1
+            self._sessions = 0
         if body["kind"] in ("base", "succession"):
             self._begin()
+        elif body["kind"] == "session":
+            self._sessions += 1
         elif body["kind"] == "contribution":
             self._contributed[str(facts.get("owner")), facts.get("attempt")] = self._seen
             self._epsilon[str(facts.get("owner"))] = epsilon_in(facts["spent"])
@@ -144,6 +152,11 @@ class LedgerRules:
                 f"{signed.facts['owner']} saw {signed.seen.length} entries with the hash "
                 f"{printable(signed.seen.hash)[:64]}"
             )
+        if signed.facts["data_class"] not in self._constitution.classes:
+            return (
+                f"is a contribution of {signed.facts['owner']} from {printable(signed.facts['data_class'])[:64]} data, "
+                f"which may not shape the base"
+            )
         if signed.base != self._base or signed.seen.length < self._named:
             return f"is a contribution of {signed.facts['owner']} that does not start from the base of its round"
         if (signed.facts["owner"], signed.facts.get("attempt")) in self._contributed:
@@ -151,6 +164,19 @@ class LedgerRules:
         if epsilon_in(signed.facts["spent"]) < self._epsilon.get(signed.facts["owner"], 0.0):
             return f"is a contribution of {signed.facts['owner']} that reports less spent privacy than an earlier one"
         self._seen = signed.seen.length
+        return ""
+
+    def _refusal_fault(self, facts: Mapping[str, Any]) -> str:
+        if facts.get("owner") not in (THE_SUM, *self._constitution.members):
+            return "is a refusal that names no member as the owner of the contribution"
+        if "said_by" in facts and facts["said_by"] not in tuple(self._constitution.members):
+            return "is a refusal that names an accuser that is not a member"
+        return ""
+
+    def _session_fault(self, facts: Mapping[str, Any]) -> str:
+        attempt = facts.get("attempt")
+        if type(attempt) is not int or attempt != self._sessions:
+            return f"is session {printable(attempt)[:20]} of its round; expected session {self._sessions}"
         return ""
 
     def _exit_fault(self, number: int, facts: Mapping[str, Any]) -> str:
@@ -162,6 +188,8 @@ class LedgerRules:
 
     def _return_fault(self, facts: Mapping[str, Any]) -> str:
         owner = str(facts.get("owner"))
+        if facts != {"owner": owner}:
+            return "is a return that contains more than the name of its member"
         seen = max((length for (name, _), length in self._contributed.items() if name == owner), default=0)
         if owner not in self._left or seen < self._left[owner]:
             return f"is a return of {printable(owner)[:64]}, which did not sign a contribution after an exit"
@@ -200,6 +228,9 @@ class LedgerRules:
         least = self._constitution.threshold if secure else self._constitution.quorum
         if weights and len(weights) < least:
             return f"is a round of only {len(weights)} members; the constitution requires {least}"
+        shares = [within(_SHARE, weight) for weight in facts["weights"].values()]
+        if any(share is None or share > self._constitution.cap + _ROUNDING for share in shares):
+            return f"is a round with a weight that is not a number from 0 to the cap, {self._constitution.cap:g}"
         return ""
 
 

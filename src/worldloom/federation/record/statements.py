@@ -133,7 +133,7 @@ class SignedContribution:
         owner = facts.get("owner")
         texts = facts.get("statements")
         if not isinstance(texts, list):
-            raise DataError(f"it contains no statement that {owner} signed")
+            raise DataError(f"it contains no statement that {str(owner)[:64]} signed")
         read = cls.of([_decoded(text) for text in texts], number, constitution)
         if read.facts != facts:
             raise DataError(f"it differs from what {read.facts['owner']} signed")

@@ -166,6 +166,10 @@ class Aggregator(Component):
             ConfigError: there are too few owners.
         """
 
+    def fault(self, quorum: int, members: int, cap: float) -> str:
+        """Return why a round of `quorum` to `members` owners cannot be aggregated; an empty string if it can."""
+        return ""
+
 
 AGGREGATORS: Registry[type[Aggregator]] = Registry("aggregator")
 
@@ -239,11 +243,24 @@ class TrimmedMean(Aggregator):
     name: Literal["trimmed-mean"] = "trimmed-mean"
     trim: float = Field(default=0.2, ge=0, lt=0.5)
 
+    def fault(self, quorum: int, members: int, cap: float) -> str:
+        """Return why this does not work; see `Aggregator`."""
+        if not self.trim or self._cut(members):
+            return ""
+        return (
+            f"trimmed-mean with trim={self.trim} drops no value of {members} owners, so it is a plain mean. Raise "
+            f"'trim' to at least {1 / members:.4g}, add members, or choose another aggregator"
+        )
+
+    def _cut(self, owners: int) -> int:
+        """Return how many values are dropped at each end."""
+        # Computed in exact decimals: 0.2 of 5 owners is 1, although the float 0.2 is not exactly 1/5.
+        return math.floor(Fraction(str(self.trim)) * owners)
+
     def aggregate(self, deltas: Deltas) -> Aggregate:
         """Aggregate; see `Aggregator`."""
         used = deltas.used
-        # Computed in exact decimals: 0.2 of 5 owners is 1, although the float 0.2 is not exactly 1/5.
-        cut = math.floor(Fraction(str(self.trim)) * len(used))
+        cut = self._cut(len(used))
         tensors = {}
         for name in deltas.names:
             values, heights = (part[cut : len(used) - cut] for part in deltas.ranked(name))
@@ -266,28 +283,45 @@ class Krum(Aggregator):
     bad: int = Field(default=1, ge=0)
     kept: int | None = Field(default=None, ge=1)
 
-    @property
-    def least(self) -> int:
-        """The number of owners that are needed."""
-        return 2 * self.bad + 3
+    def fault(self, quorum: int, members: int, cap: float) -> str:
+        """Return why this does not work; see `Aggregator`."""
+        if why := self._too_few(members, f"there are {members} members"):
+            return f"{why}. Lower 'bad', add members, or choose another aggregator"
+        if why := self._too_few(quorum, f"a round may have only the quorum of {quorum}"):
+            return f"{why}. Lower 'bad', raise the quorum, or choose another aggregator"
+        if self.kept is not None and self.kept > members - self.bad:
+            return (
+                f"krum with bad={self.bad} keeps at most {members - self.bad} of {members} deltas, not "
+                f"kept={self.kept}. Lower 'kept'"
+            )
+        if (count := self._count(quorum)) * cap < 1 - _ROUNDING:
+            return (
+                f"krum keeps {count} deltas of a quorum of {quorum}, and {count} weights of at most {cap} each (the "
+                f"cap) cannot sum to 1. Raise the cap to at least {1 / count:.4g}, or raise 'kept'"
+            )
+        return ""
+
+    def _too_few(self, owners: int, found: str) -> str:
+        least = 2 * self.bad + 3
+        return "" if owners >= least else f"krum with bad={self.bad} needs at least {least} owners, but {found}"
+
+    def _count(self, owners: int) -> int:
+        """Return how many deltas are kept."""
+        return min(self.kept or owners - self.bad, owners - self.bad)
 
     def aggregate(self, deltas: Deltas) -> Aggregate:
         """Aggregate; see `Aggregator`."""
         used = deltas.used
         owners = list(used)
-        if len(owners) < 2 * self.bad + 3:
-            raise ConfigError(
-                f"krum with bad={self.bad} needs at least {self.least} owners; got {len(owners)}. Lower 'bad', "
-                f"raise the quorum, or choose another aggregator"
-            )
+        if why := self._too_few(len(owners), f"only {len(owners)} contributed"):
+            raise ConfigError(f"{why}. Lower 'bad', raise the quorum, or choose another aggregator")
         distances = deltas.distances()
         near = len(owners) - self.bad - 2
         scores = {
             owner: math.fsum(sorted(distances[owner, other] for other in owners if other != owner)[:near])
             for owner in owners
         }
-        count = min(self.kept or len(owners) - self.bad, len(owners) - self.bad)
-        chosen = set(sorted(owners, key=lambda owner: (scores[owner], owner))[:count])
+        chosen = set(sorted(owners, key=lambda owner: (scores[owner], owner))[: self._count(len(owners))])
         final = capped({owner: used[owner] if owner in chosen else 0.0 for owner in owners}, deltas.cap)
         notes = {owner: {"score": scores[owner], "dropped": owner not in chosen} for owner in owners}
         tensors = deltas.mean({owner: weight for owner, weight in final.items() if weight > 0})

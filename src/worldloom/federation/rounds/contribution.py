@@ -142,6 +142,11 @@ def check_spent(message: SignedMessage, constitution: Constitution) -> None:
         DataError: the settings differ; the message names the member.
     """
     spent = message.body["spent"]
+    if constitution.privacy is None and spent:
+        raise DataError(
+            f"{message.sender} reports spent privacy, but the constitution sets no privacy; use the coordinator's "
+            f"constitution"
+        )
     if constitution.privacy is not None:
         promised: dict[str, Any] = constitution.privacy.model_dump(mode="json", include={"clip", "noise", "delta"})
         if constitution.secure_aggregation:

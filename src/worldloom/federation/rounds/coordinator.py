@@ -31,7 +31,7 @@ from worldloom.federation.rounds.member_store import MemberStore
 from worldloom.federation.rounds.members import LONGEST_REASON, Members
 from worldloom.federation.rounds.next_base import NextBase, aggregated, mean_of_sum, next_base
 from worldloom.federation.rounds.round_store import RoundStore
-from worldloom.federation.rounds.rule_check import check_rules
+from worldloom.federation.rounds.rule_check import check_model, check_rules
 from worldloom.federation.rounds.secure_rounds import SecureSums
 from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.rules.ranges import Loss, within
@@ -61,8 +61,9 @@ class Coordinator(Closing):
 
     Raises:
         StorageError: another process coordinates in the folder.
-        ConfigError: the constitution names an invalid component; see `check_rules`.
-        DataError: the ledger does not verify or belongs to another constitution, or the key is not a coordinator's.
+        ConfigError: the constitution cannot work, or not with this base; see `check_rules` and `check_model`.
+        DataError: the ledger does not verify, lacks entries or belongs to another constitution, or the key is not a
+            coordinator's.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Coordinator(Closing):
                 f"{key.public} is not the key of a coordinator in the constitution; use the key of a coordinator"
             )
         check_rules(constitution)
+        check_model(constitution, initial.tensors)
         self.rounds, self._constitution, self._progress = RoundStore(path), constitution, progress
         self._newest: tuple[int, Base] | None = None  # the newest published base and its round
         self.ledger = Ledger(self.rounds.ledger, key)
@@ -87,7 +89,8 @@ class Coordinator(Closing):
             stack.callback(self.ledger.close)
             if self.ledger.head.length:
                 read_ledger(self.rounds.ledger, constitution)
-            else:
+            self._check_complete()
+            if not self.ledger.head.length:
                 self.ledger.append("constitution", constitution_facts(constitution))
             self._members = Members(constitution, transport, self.ledger, key)
             self._sums = SecureSums(self.rounds.path, constitution, ledger=self.ledger, members=self._members)
@@ -99,6 +102,25 @@ class Coordinator(Closing):
     def close(self) -> None:
         """Close the ledger."""
         self.ledger.close()
+
+    def _check_complete(self) -> None:
+        """Check that the ledger was not lost or cut: without it, the coordinator would write and sign another one.
+
+        Raises:
+            DataError: files are stored that later entries must have recorded.
+        """
+        last = max(self.ledger.bases(), default=-1)
+        told = [entry.body["kind"] for entry in self.ledger.entries() if entry.body["round"] == last]
+        judged = told[::-1].index("contribution") if "contribution" in told else len(told) - 1
+        enough = self._constitution.secure_aggregation or told.count("contribution") >= self._constitution.quorum
+        # The next base is stored after the contributions and an evaluation are recorded, and before its own entry.
+        ended = enough and judged >= 1 if last >= 0 else self.ledger.head.length > 0
+        if self.rounds.newest > last + ended or self.rounds.begun > last:
+            found = f"ends in round {last}" if last >= 0 else "has no base"
+            raise DataError(
+                f"{self.ledger.path} {found}, but later files are stored beside it: the ledger was lost or cut. "
+                f"Restore it from the longest copy of a member, which is consortium/ledger.jsonl in the member's folder"
+            )
 
     def run(self) -> Base:
         """Run the remaining rounds, and return the last base.

@@ -3,10 +3,10 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor
 
+from worldloom.core.config import Shape, check_shape
 from worldloom.core.errors import ConfigError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.progress import SILENT, Progress
@@ -28,6 +28,19 @@ class Trained:
     after: Mapping[str, Tensor]
     steps: int
     frames: int
+
+
+class _Stretch(Shape):
+    """The content of `segment.json`: the segment that was begun last, from step `begin` to step `end` of the run.
+
+    If it `continues` the segment before it, it begins from the state of the run, not from the base.
+    """
+
+    name: str
+    base: str
+    begin: int
+    end: int
+    continues: bool
 
 
 class LocalTraining:
@@ -73,7 +86,7 @@ class LocalTraining:
             TrainingError: see `worldloom.training.fit`.
         """
         segment = self._read_segment()
-        if (segment.get("name"), segment.get("base")) != (name, base.fingerprint):
+        if segment is None or (segment.name, segment.base) != (name, base.fingerprint):
             segment = self._begin(name, base, steps)
         return self._resume(segment, base, at, schedule, frozen=base.tensors if frozen else ())
 
@@ -122,8 +135,9 @@ class LocalTraining:
             CheckpointError, TrainingError: see `train`.
         """
         segment = self._read_segment()
-        if segment.get("name") != name or self._steps() >= segment["end"]:
-            segment = self._begin(name, base, steps, continues=segment.get("base") == base.fingerprint)
+        if segment is None or segment.name != name or self._steps() >= segment.end:
+            continues = segment is not None and segment.base == base.fingerprint
+            segment = self._begin(name, base, steps, continues=continues)
         self._resume(segment, base, at)
 
     def judge(self, base: Base) -> dict[str, float]:
@@ -150,20 +164,20 @@ class LocalTraining:
             return base
         return Base.of({name: tensor for name, tensor in base.tensors.items() if name not in self.shared_statistics})
 
-    def _read_segment(self) -> dict[str, Any]:
-        return dict(read_json(self._segment)) if self._segment.is_file() else {}
+    def _read_segment(self) -> _Stretch | None:
+        return check_shape(read_json(self._segment), _Stretch, self._segment) if self._segment.is_file() else None
 
-    def _begin(self, name: str, base: Base, steps: int, *, continues: bool = False) -> dict[str, Any]:
+    def _begin(self, name: str, base: Base, steps: int, *, continues: bool = False) -> _Stretch:
         begin = self._steps()
-        segment = {
-            "name": name, "base": base.fingerprint, "begin": begin, "end": begin + steps, "continues": continues,
-        }  # fmt: skip
-        write_json(self._segment, segment)
+        segment = _Stretch(
+            name=name, base=base.fingerprint, begin=begin, end=begin + steps, continues=continues
+        )  # fmt: skip
+        write_json(self._segment, segment.model_dump())
         return segment
 
     def _resume(
         self,
-        segment: Mapping[str, Any],
+        segment: _Stretch,
         base: Base,
         at: int | None,
         schedule: int | None = None,
@@ -171,11 +185,11 @@ class LocalTraining:
         frozen: Collection[str] = (),
     ) -> Trained:
         resume = self.run.checkpoint_directory.is_dir()
-        put = {} if segment.get("continues") else dict(base.tensors)
+        put = {} if segment.continues else dict(base.tensors)
         if resume:
             # Shared statistics stay as in the first base: if another member changes them, this delta reverses that.
             put = {name: tensor for name, tensor in put.items() if name not in self.shared_statistics}
-        stretch = Segment(begin=segment["begin"], end=segment["end"], base=put, at=at, schedule=schedule, fixed=frozen)
+        stretch = Segment(begin=segment.begin, end=segment.end, base=put, at=at, schedule=schedule, fixed=frozen)
         model = fit(
             self.training, self.model, self.frames, self.run, resume=resume, stretch=stretch, progress=self._progress
         )
@@ -183,7 +197,7 @@ class LocalTraining:
         return Trained(
             before=base.tensors,
             after=self.partition.split(state := model.state_dict()).shared_of(state),
-            steps=segment["end"] - segment["begin"],
+            steps=segment.end - segment.begin,
             frames=int((self.frames.lengths[drawn_from] + 1).sum()),
         )
 

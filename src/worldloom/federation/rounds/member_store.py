@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from worldloom.core.chain import ChainHead
-from worldloom.core.errors import CheckpointError, DataError
-from worldloom.core.files import read_json, storage_errors, write_atomic, write_document, write_json
+from worldloom.core.errors import CheckpointError, DataError, StorageError
+from worldloom.core.files import read_json, write_atomic, write_document, write_json
 from worldloom.core.signing import SigningKey
-from worldloom.federation.record.ledger import LedgerReader, LedgerVerdict, is_signed
+from worldloom.federation.record.ledger import LedgerReader, LedgerVerdict, is_signed, ledger_lines
 from worldloom.federation.record.ledger_rules import Fork
 from worldloom.federation.record.statements import checked, countersign
 from worldloom.federation.rounds.base import Base
@@ -91,9 +91,22 @@ class MemberStore:
 
     @property
     def seen(self) -> ChainHead | None:
-        """The ledger head that the member countersigned last; None if it has not countersigned any."""
+        """The ledger head that the member countersigned last; None if it has not countersigned any.
+
+        Raises:
+            DataError: the file does not contain a head that this member signed.
+        """
         path = self.path / _SEEN
-        return checked(read_json(path), self._constitution) if path.is_file() else None
+        if not path.is_file():
+            return None
+        checkpoint = read_json(path)
+        head = checked(checkpoint, self._constitution)
+        if checkpoint["key"] != self._key.public:
+            raise DataError(
+                f"{_SEEN} in the folder of this member is signed with the key of another member; restore the file from "
+                f"a copy of this folder"
+            )
+        return head
 
     def follow(self, begin: int, lines: Sequence[str], *, request: bytes = b"") -> dict[str, Any]:
         """Append entries, the first with index `begin`, and return the countersigned head.
@@ -106,8 +119,8 @@ class MemberStore:
             LedgerRefused: the entries do not verify; the copy is unchanged.
             DataError: there are no entries, or this copy is damaged.
         """
-        content = self._content()
-        own = content.splitlines(keepends=True)
+        own = self._intact()
+        content = b"".join(own)
         if begin < 0 or begin > len(own):
             raise EntriesMissing(len(own))
         new = [line.encode("ascii", "replace") + b"\n" for line in lines]
@@ -135,9 +148,20 @@ class MemberStore:
         write_json(self.path / _SEEN, checkpoint)
         return checkpoint
 
+    def _intact(self) -> list[bytes]:
+        """Return the lines of this copy up to the first damaged one; the coordinator then sends the others again."""
+        content = self._content()
+        lines = content.splitlines(keepends=True)
+        if content != self._read[1]:
+            reader = LedgerReader(self.ledger, self._constitution)
+            if why := reader.take(lines):
+                _log.warning("%s is damaged: entry %d %s", self.ledger, reader.head.length, why)
+                lines = lines[: reader.head.length]
+            self._read = reader, b"".join(lines)
+        return lines
+
     def _content(self) -> bytes:
-        with storage_errors(self.ledger):
-            return self.ledger.read_bytes() if self.ledger.is_file() else b""
+        return b"".join(ledger_lines(self.ledger)) if self.ledger.is_file() else b""
 
     def _verified(self, content: bytes, what: str) -> LedgerReader:
         """Verify a ledger, also against the countersigned head; entries that were verified before are not read again.
@@ -262,26 +286,25 @@ class MemberStore:
 
     @property
     def number(self) -> int | None:
-        """The round that starts from the newest base; None before the first base."""
+        """The round that starts from the newest base; None before the first base, or if its file is damaged."""
         path = self.path / f"{_BASE}.json"
         if not path.is_file():
             return None
         try:
             return int(read_json(path)["metadata"]["round"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}); restore it from a copy, or wait for the next base"
-            ) from None
+        except (StorageError, KeyError, TypeError, ValueError) as error:
+            _log.warning("%s is damaged (%s); the next base replaces it", path, error)
+            return None
 
     def base(self) -> tuple[int, Base]:
         """Return the newest base, and the round that starts from it.
 
         Raises:
-            DataError: no base has been received yet.
-            CheckpointError: the base is damaged.
+            DataError: no base has been received yet, or its file is damaged.
+            CheckpointError: the base's tensors are damaged.
         """
         if (number := self.number) is None:
-            raise DataError(f"{self.path} has no base yet; take part in a round first")
+            raise DataError(f"{self.path} has no base, or a damaged one; take part in a round first")
         return number, Base.load(self.path / _BASE)
 
     def read(self) -> bytes:
@@ -291,7 +314,6 @@ class MemberStore:
             StorageError: no ledger is stored.
             DataError: the ledger does not verify.
         """
-        with storage_errors(self.ledger):
-            content = self.ledger.read_bytes()
+        content = b"".join(ledger_lines(self.ledger))
         self._verified(content, str(self.ledger))
         return content

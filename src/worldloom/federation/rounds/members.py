@@ -145,15 +145,24 @@ class Members:
             self._ledger.append("refusal", refusal, round=number)
 
     def check_seen(self, owner: str, seen: ChainHead) -> None:
-        """Check that the ledger head (length and last hash) in a member's contribution lies on the ledger's chain.
+        """Check that the ledger head (length and last hash) in a contribution lies on the chain, not before the base.
+
+        Otherwise every reader would refuse the ledger with this contribution.
 
         Raises:
-            DataError: the member has seen a different ledger.
+            DataError: the member has seen a different ledger, or no base of this round.
         """
         if not self._ledger.has(seen):
             raise DataError(
                 f"{owner} has seen a different ledger: it has {seen.length} entries, and the hash of the last one is "
                 f"{printable(seen.hash)[:64]}; compare both ledgers with 'worldloom weave ledger compare'"
+            )
+
+        begun = max(entry.index for entry in self._ledger.entries("base"))
+        if seen.length <= begun:
+            raise DataError(
+                f"{owner} signed a contribution after it had seen {seen.length} entries of the ledger; expected at "
+                f"least {begun + 1}, with the base of this round. Run the same version on both sides"
             )
 
     def check_spent(self, owner: str, spent: Mapping[str, Any]) -> None:
@@ -187,7 +196,7 @@ class Members:
     def _open(self, reply: Reply, kind: str) -> SignedMessage | DataError:
         """Check a reply on receipt: signature, digest, size, kind and sender."""
         if reply.data is None:
-            return NoAnswer(reply.error)
+            return NoAnswer(reply.error[:LONGEST_REASON])
         limit = self._constitution.largest_bytes
         try:
             return unseal_answer(reply.data, kind=kind, sender=reply.node, known=self._names, limit=limit)

@@ -12,7 +12,7 @@ from torch import Tensor
 from worldloom.core.chain import Entry
 from worldloom.core.config import parse_component
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.files import storage_errors
+from worldloom.core.files import read_bytes, read_document, storage_errors, write_document
 from worldloom.core.progress import SILENT, Progress
 from worldloom.federation.record.envelope import unseal_answer
 from worldloom.federation.record.ledger import LedgerReader, read_ledger
@@ -24,6 +24,8 @@ from worldloom.federation.rounds.outer import OUTER
 from worldloom.federation.rounds.round_store import RoundStore
 from worldloom.federation.rounds.secure_rounds import load_sum, reopen
 from worldloom.federation.rules.constitution import Constitution
+
+_MARK = "worldloom recomputed rounds"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,16 +103,19 @@ def recompute(
     Raises:
         DataError: the ledger does not verify, a message, base or weight does not match it, or a member of a secure sum
             is excluded.
-        StorageError: a contribution is missing, or the target is the folder of a coordinator.
+        StorageError: a contribution is missing, or the target has files that an earlier call did not write.
     """
     if os.path.realpath(path) == os.path.realpath(into):
         raise StorageError(f"{into} contains the rounds themselves; choose another folder for the result")
     stored, made = RoundStore(path), RoundStore(into)
     if made.ledger.exists():
         raise StorageError(f"{into} contains the rounds of a coordinator; choose another folder for the result")
+    _mark(made.path)
     records = read_ledger(stored.ledger, constitution)
     again = _Recomputation(stored, made, records, constitution, without)
     published = {number: str(facts["fingerprint"]) for number, facts in records.bases().items()}
+    if not published:
+        raise DataError(f"{stored.ledger} has no base; check the path, or restore the file from a copy")
     # The folder of a successor has the base that its rounds start from, but no earlier rounds.
     begun = max((entry.body["round"] for entry in records.entries("succession")), default=0)
     base = stored.base(begun, named=published[begun])
@@ -143,6 +148,22 @@ def recompute(
     return found
 
 
+def _mark(folder: Path) -> None:
+    """Mark a folder as the target of a recomputation.
+
+    Raises:
+        StorageError: the folder is not empty and has no such mark, so its files could not be recomputed.
+    """
+    mark = folder / "recomputed.json"
+    if mark.is_file():
+        read_document(mark, _MARK)
+        return
+    with storage_errors(folder):
+        if folder.exists() and any(folder.iterdir()):
+            raise StorageError(f"{folder} has other content; choose an empty folder for the result")
+    write_document(mark, _MARK, {})
+
+
 @dataclass(frozen=True)
 class _Recomputation:
     """Recomputes the change of a round from stored messages; `given` is the base that the contributions start from."""
@@ -160,9 +181,14 @@ class _Recomputation:
         for owner in entry.body["facts"]["weights"]:
             if owner in self.without:
                 continue
-            with storage_errors(self.stored.message(number, owner)):
-                data = self.stored.message(number, owner).read_bytes()
-            message = unseal_answer(data, kind="contribution", sender=owner, known=known, limit=limit)
+            data = read_bytes(self.stored.message(number, owner), limit)
+            try:
+                message = unseal_answer(data, kind="contribution", sender=owner, known=known, limit=limit)
+            except DataError as error:
+                raise DataError(
+                    f"the contribution of {owner} to round {number} is damaged ({error}); restore "
+                    f"{self.stored.message(number, owner)} from a copy"
+                ) from None
             delta = read_contribution(message, number, given, self.constitution)
             if SignedContribution.statements(recorded[owner]) != [message.statement]:
                 raise DataError(

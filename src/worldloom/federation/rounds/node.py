@@ -9,14 +9,15 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from worldloom.core.chain import canonical
-from worldloom.core.config import parse_component
-from worldloom.core.errors import ConfigError, DataError, WorldloomError
-from worldloom.core.files import exclusive_lock, read_json, storage_errors, whole_folder, write_atomic, write_json
+from worldloom.core.config import Shape, check_shape, parse_component
+from worldloom.core.errors import ConfigError, DataError, StorageError, WorldloomError
+from worldloom.core.files import exclusive_lock, read_bytes, read_json, whole_folder, write_atomic, write_json
 from worldloom.core.signing import SigningKey
 from worldloom.federation.record.bodies import check_ask
 from worldloom.federation.record.envelope import SignedMessage, seal, unseal
@@ -27,18 +28,27 @@ from worldloom.federation.rounds.contribution import Contribution
 from worldloom.federation.rounds.local import LocalTraining
 from worldloom.federation.rounds.member_store import BaseMissing, EntriesMissing, LedgerRefused, MemberStore
 from worldloom.federation.rounds.members import LONGEST_REASON
-from worldloom.federation.rounds.rule_check import check_rules
+from worldloom.federation.rounds.rule_check import check_model, check_rules
 from worldloom.federation.rounds.secure_node import AlreadyHelped, SecureNode
 from worldloom.federation.rounds.self_check import SelfCheck
 from worldloom.federation.rules.constitution import Constitution
+from worldloom.federation.rules.ranges import Loss, within
 from worldloom.federation.secure.aggregation_protocol import WrongShare
 from worldloom.federation.secure.privacy import Accountant, PrivacyConfig, clip_and_noise, secret_generator
 from worldloom.models import load_tensors, save_tensors
 
 _log = logging.getLogger(__name__)
+_LOSS = TypeAdapter(Loss)
 _RESIDUAL = "codec-residual"
 _LONGEST_WHY = 500  # characters
 _STORED_ANSWERS = 3  # rounds: a coordinator that was rolled back by a round asks for old answers again
+
+
+class _Exit(Shape):
+    """The content of `left.json`: why the owner left. Whatever else is in the file is not signed."""
+
+    left: Literal[True]
+    why: str = Field(max_length=LONGEST_REASON)
 
 
 class Node:
@@ -48,7 +58,8 @@ class Node:
     may use more data; by default it is `training`.
 
     Raises:
-        ConfigError: the partition shares statistics, which privacy noise would corrupt; or see `check_rules`.
+        ConfigError: the constitution cannot work, or not with this model (see `check_rules` and `check_model`), or the
+            partition shares statistics under privacy, where noise would corrupt them.
     """
 
     def __init__(
@@ -66,6 +77,7 @@ class Node:
         self._training, self.own, self._key = training, own or training, key
         self._class = data_class
         check_rules(constitution)
+        check_model(constitution, training.like)
         privacy = constitution.privacy
         if privacy is not None and privacy.noise > 0 and training.shared_statistics:
             raise ConfigError(
@@ -83,7 +95,7 @@ class Node:
             sums = self._sums = SecureNode(self.path / "secure", name=name, key=key, constitution=constitution)
             # Without 'train': its answer would be a delta that is not masked.
             self._answers = {
-                "advertise": lambda asked: sums.advertise(asked, *self._take(asked), self._contribution),
+                "advertise": lambda asked: sums.advertise(asked, *self._take_session(asked), self._contribution),
                 "share": sums.share,
                 "mask": lambda asked: sums.mask(asked, self._spend),
                 "unmask": sums.unmask,
@@ -115,15 +127,17 @@ class Node:
             # A repeated message that arrives while the node works on it waits here, and then gets the same answer.
             with exclusive_lock(self.path / ".lock", None):
                 if self.has_left:
-                    left = {"round": number, "constitution": self.constitution.fingerprint}
-                    return seal("refusal", {**left, **read_json(self._left)}, {}, key=self._key)
+                    why = check_shape(read_json(self._left), _Exit, self._left).why
+                    left = {"round": number, "constitution": self.constitution.fingerprint, "left": True, "why": why}
+                    return seal("refusal", left, {}, key=self._key)
                 return answer(asked)
         except (WorldloomError, ArithmeticError) as error:
-            _log.warning("%s refuses: %s", self.name, error)
+            why = str(error)[:LONGEST_REASON]  # it may quote the message
+            _log.warning("%s refuses: %s", self.name, why)
             self.fault = error if isinstance(error, LedgerRefused) else None
             if self.fault is not None:
                 _log.error("%s does not accept the ledger. %s", self.name, self.fault.place)
-            body: dict[str, Any] = {"round": number, "why": str(error)[:LONGEST_REASON]}
+            body: dict[str, Any] = {"round": number, "why": why}
             if isinstance(error, EntriesMissing):
                 body["length"] = error.length
             if isinstance(error, BaseMissing):
@@ -241,22 +255,35 @@ class Node:
     def _train(self, asked: SignedMessage) -> bytes:
         (base, seen), number = self._take(asked), asked.body["round"]
         stored = self.path / "answers" / f"{number:05d}-{base.fingerprint[:16]}.msg"
-        if stored.is_file():
-            with storage_errors(stored):
-                return stored.read_bytes()
+        if (before := self._stored(stored)) is not None:
+            return before
         contribution = self._contribution(number, base)
         tensors: Mapping[str, Tensor] = contribution.tensors
         spent: Mapping[str, Any] = {}
         if self.constitution.privacy is not None:
             spent = self._spend(self.constitution.privacy, number, None)
             tensors = clip_and_noise(tensors, self.constitution.privacy, secret_generator())
-        payload, residual = parse_component(CODECS, self.constitution.codec).encode(tensors, self._residual(number))
+        codec = parse_component(CODECS, self.constitution.codec)
+        payload, residual = codec.encode(tensors, self._residual(number), generator=secret_generator())
         save_tensors(self._residual_stem(number), residual, {"round": number}, kind=_RESIDUAL)
         body = {**contribution.body(), **origin(self.constitution, seen), "spent": dict(spent)}
         answer = seal("contribution", body, payload, key=self._key)
         write_atomic(stored, lambda temporary: temporary.write_bytes(answer))
         for old in sorted(stored.parent.glob("*.msg"))[:-_STORED_ANSWERS]:
             old.unlink(missing_ok=True)
+        return answer
+
+    def _stored(self, path: Path) -> bytes | None:
+        """Return an earlier answer; None if there is none, or if its file is damaged."""
+        if not path.is_file():
+            return None
+        limit = self.constitution.largest_bytes
+        try:
+            answer = read_bytes(path, limit)
+            unseal(answer, kind="contribution", known={self._key.public: self.name}, limit=limit)
+        except (DataError, StorageError) as error:
+            _log.warning("%s trains again, because its stored answer is damaged: %s", self.name, error)
+            return None
         return answer
 
     def _at(self, number: int) -> int:
@@ -317,6 +344,8 @@ class Node:
         if self.store.names(number, base.fingerprint):  # otherwise it is a trial
             self.store.save_base(number, base)
         losses = self._training.judge(base)
+        if within(_LOSS, losses["total"]) is None:
+            raise DataError(f"the held-out loss with this base is {losses['total']:.4g}, so the base is of no use")
         self._check.sends_loss(base.fingerprint, losses["total"])
         body = {"round": number, "base": base.fingerprint, "losses": losses, "countersigned": seen}
         return seal("verdict", body, {}, key=self._key)
@@ -338,6 +367,22 @@ class Node:
         seen = self.store.follow(entries["begin"], entries["lines"], request=asked.statement)
         self._check.compare(self._sent())
         return base, seen
+
+    def _take_session(self, asked: SignedMessage) -> tuple[Base, dict[str, Any]]:
+        """Take a request to begin a session of a secure sum; see `_take`.
+
+        Raises:
+            DataError: the ledger records too few sessions for this number. A node that joined session 1000000 would
+                refuse every session of a coordinator that takes over.
+        """
+        taken, number, attempt = self._take(asked), asked.body["round"], asked.body["attempt"]
+        recorded = sum(entry.body["round"] == number for entry in self.store.records.entries("session"))
+        if attempt > recorded:
+            raise DataError(
+                f"session {attempt} of round {number} is not the next one: the ledger records {recorded} sessions of "
+                f"this round; the coordinator must record each session"
+            )
+        return taken
 
     def _sent(self) -> set[int]:
         """Return the newest rounds to which this node sent a contribution."""

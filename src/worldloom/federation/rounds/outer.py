@@ -52,7 +52,7 @@ class DiLoCo(Outer):
     """
 
     name: Literal["diloco"] = "diloco"
-    learning_rate: float = Field(default=0.7, gt=0)
+    learning_rate: float = Field(default=0.7, gt=0, le=100)
     momentum: float = Field(default=0.9, ge=0, lt=1)
 
     def step(

@@ -36,6 +36,9 @@ def unmet(path: Path | str, constitution: Constitution) -> list[str]:
         found.append(f"{newest} rounds are done; {gates.rounds} are required")
     if len(contributors) < gates.contributors:
         found.append(f"{len(contributors)} members contributed; {gates.contributors} are required")
+    measured = sum(after is not None for _, after in rounds[-1].losses.values()) if rounds else 0
+    if gates.max_loss is not None and measured < constitution.quorum:
+        found.append(f"the held-out loss is known of {measured} members; {constitution.quorum} are required")
     if gates.max_loss is not None and (loss is None or loss > gates.max_loss):
         found.append(f"the held-out loss is {'unknown' if loss is None else loss}; the limit is {gates.max_loss}")
     if len(seen) < gates.countersigned:
@@ -60,6 +63,8 @@ def release(path: Path | str, constitution: Constitution, into: Path | str) -> P
         )
     records = read_ledger(path / "ledger.jsonl", constitution)
     bases = records.bases()
+    if not bases:
+        raise DataError(f"{path / 'ledger.jsonl'} has no base; check the path, or restore the file from a copy")
     number = max(bases)
     base = RoundStore(path).base(number, named=bases[number]["fingerprint"])
     with whole_folder(into) as begun:

@@ -16,6 +16,7 @@ from worldloom.federation.rounds.base import Base
 from worldloom.models import load_tensors, save_tensors
 
 _MOMENTUM = "outer-momentum"
+_ROUND = "[0-9]" * 5  # how a round is written in the names of files
 
 
 class RoundStore:
@@ -33,6 +34,17 @@ class RoundStore:
             DataError: the base has another fingerprint, or is not finite.
         """
         return Base.load(self._stem("bases", number), named=named)
+
+    @property
+    def newest(self) -> int:
+        """The newest round whose base is stored; -1 without bases."""
+        return max((int(path.stem) for path in self.path.glob(f"bases/{_ROUND}.json")), default=-1)
+
+    @property
+    def begun(self) -> int:
+        """The newest round of which answers are stored; -1 without answers."""
+        folders = [*self.path.glob(f"contributions/{_ROUND}"), *self.path.glob(f"sessions/{_ROUND}-*")]
+        return max((int(path.name[:5]) for path in folders), default=-1)
 
     def momentum(self, number: int) -> dict[str, Tensor]:
         """Return the outer optimiser's momentum before a round; empty before the first round."""
@@ -75,6 +87,9 @@ class RoundStore:
 
 
 def _tensor(path: Path, name: str) -> Tensor:
-    with storage_errors(path), safetensors.safe_open(str(path), framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
+    try:
+        with storage_errors(path), safetensors.safe_open(str(path), framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise StorageError(f"{path} is damaged ({error}); restore the file from a copy") from None
     return tensor

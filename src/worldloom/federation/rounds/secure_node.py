@@ -19,11 +19,11 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.core.chain import canonical
-from worldloom.core.config import Config
+from worldloom.core.config import Config, check_shape
 from worldloom.core.errors import DataError
-from worldloom.core.files import make_private, read_json, storage_errors, write_atomic, write_json
+from worldloom.core.files import make_private, read_bytes, read_json, write_atomic, write_json
 from worldloom.core.signing import Domain, SigningKey
-from worldloom.federation.record.envelope import SignedMessage, seal
+from worldloom.federation.record.envelope import SignedMessage, seal, unseal
 from worldloom.federation.record.statements import origin
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.contribution import Contribution
@@ -204,7 +204,7 @@ class SecureNode:
     def _load(self) -> _SessionState | None:
         if not self._where.is_file():
             return None
-        state = _SessionState.parse(read_json(self._where))
+        state = check_shape(read_json(self._where), _SessionState, self._where)
         return state if state.constitution == self._constitution.fingerprint else None
 
     def _masker(self, state: _SessionState) -> Masker:
@@ -219,7 +219,7 @@ class SecureNode:
         """Return the stored answer to the same request, or None if there is none.
 
         Raises:
-            DataError: a different request was answered in this phase.
+            DataError: a different request was answered in this phase, or the stored answer is damaged.
         """
         what = str(asked.body["what"])
         before = state.answered.get(what)
@@ -230,8 +230,15 @@ class SecureNode:
                 f"{self.name} has answered a different request to {what} in this session; a second answer could reveal "
                 f"its delta. Begin a new session"
             )
-        with storage_errors(self._answer_path(what)):
-            return self._answer_path(what).read_bytes()
+        limit = self._constitution.largest_bytes
+        answer = read_bytes(self._answer_path(what), limit)
+        try:
+            unseal(answer, kind=ANSWERS[what], known={self._key.public: self.name}, limit=limit)
+        except DataError as error:
+            raise DataError(
+                f"the stored answer of {self.name} to the request to {what} is damaged ({error}); begin a new session"
+            ) from None
+        return answer
 
     def _answer(
         self, state: _SessionState, asked: SignedMessage, body: Mapping[str, Any], tensors: Mapping[str, Tensor]

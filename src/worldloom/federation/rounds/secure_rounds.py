@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from worldloom.core.chain import canonical
-from worldloom.core.errors import ConfigError, DataError, TrainingError
-from worldloom.core.files import storage_errors, write_atomic
+from worldloom.core.errors import ConfigError, DataError, StorageError, TrainingError
+from worldloom.core.files import read_bytes, storage_errors, write_atomic
 from worldloom.core.names import path_name
 from worldloom.federation.record.envelope import Refusal, SignedMessage, unseal_answer
 from worldloom.federation.record.ledger import Ledger, LedgerReader, Records
@@ -119,7 +119,7 @@ class Transcript:
     ) -> None:
         self.unmasker = Unmasker(session_of(constitution, number, attempt, base, shapes))
         self.session = self.unmasker.session
-        self._constitution, self.round, self.attempt, self._base = constitution, number, attempt, base
+        self.constitution, self.round, self.attempt, self._base = constitution, number, attempt, base
         self.place = {"round": number, "attempt": attempt, "base": base}
         self._answers: dict[str, dict[str, SignedMessage]] = {what: {} for what in ANSWERS}
 
@@ -130,7 +130,7 @@ class Transcript:
             Refusal: the node refused.
             DataError: the answer is invalid.
         """
-        known, limit = self._constitution.member_names(), self._constitution.largest_bytes
+        known, limit = self.constitution.member_names(), self.constitution.largest_bytes
         self.take(what, unseal_answer(data, kind=ANSWERS[what], sender=node, known=known, limit=limit))
 
     def take(self, what: str, message: SignedMessage) -> None:
@@ -140,7 +140,7 @@ class Transcript:
             DataError: the answer is invalid.
         """
         node = message.sender
-        expected = {"owner": node, "constitution": self._constitution.fingerprint, **self.place}
+        expected = {"owner": node, "constitution": self.constitution.fingerprint, **self.place}
         for key, value in expected.items():
             if message.body.get(key) != value:
                 raise DataError(
@@ -149,7 +149,7 @@ class Transcript:
                 )
         said: Any = message.body
         if what == "advertise":
-            check_facts(message, self.round, self._base, self._constitution)
+            check_facts(message, self.round, self._base, self.constitution)
             said = message.body.get("keys")
         elif what == "mask":
             said = {"masked": self._masked(message)}
@@ -169,7 +169,7 @@ class Transcript:
     def weights(self) -> dict[str, float]:
         """The weight of the delta of each member that advertised keys."""
         return weights_of(
-            self._constitution, {owner: answer.body["frames"] for owner, answer in self.answers("advertise").items()}
+            self.constitution, {owner: answer.body["frames"] for owner, answer in self.answers("advertise").items()}
         )
 
     def open(self) -> tuple[dict[str, Tensor], list[str]]:
@@ -195,7 +195,7 @@ class Transcript:
                 f"{message.sender} did not send one int64 tensor 'masked' as its masked delta; leave "
                 f"{message.sender} out"
             )
-        check_spent(message, self._constitution)
+        check_spent(message, self.constitution)
         return row.numpy().tobytes()
 
 
@@ -243,7 +243,10 @@ class SecureSums:
         if (survived := _facts(self._ledger, "survivors", number)) is not None:  # this session is the last of the round
             held = _again(self._path, survived, self._constitution, number, base)
             for path in sorted(_file(self._path, held, "unmask", "x").parent.glob("*.msg")):
-                held.hear("unmask", path.stem, path.read_bytes())
+                try:
+                    held.hear("unmask", path.stem, _bytes(path, self._constitution))
+                except (DataError, StorageError) as error:
+                    _log.warning("round %d: %s is damaged (%s); %s is asked again", number, path, error, path.stem)
             return self._opened(held)
         why = ""
         for _ in range(_TRIES):
@@ -286,7 +289,8 @@ class SecureSums:
         nodes = self._trusted(number)
         answers = self._members.exchange(nodes, body, base, kind=ANSWERS["advertise"])
         self._collect(held, "advertise", answers)
-        roster = {owner: _bytes(_file(self._path, held, "advertise", owner)).hex() for owner in held.unmasker.roster}
+        sent = {owner: _file(self._path, held, "advertise", owner) for owner in held.unmasker.roster}
+        roster = {owner: _bytes(path, self._constitution).hex() for owner, path in sent.items()}
         self._ask(held, "share", {owner: {"roster": roster} for owner in roster})
         self._ask(held, "mask", {owner: {"inbox": inbox} for owner, inbox in held.unmasker.inboxes.items()})
         _log.info("round %d: %s sent a masked contribution", number, ", ".join(held.unmasker.survivors))
@@ -374,14 +378,15 @@ class SecureSums:
         """
         if what == "advertise":
             self._members.check_seen(message.sender, seen_in(message))
+        signed = None
         if what == "mask":
             self._members.check_spent(message.sender, message.body["spent"])
-        held.take(what, message)
-        path = _file(self._path, held, what, message.sender)
-        write_atomic(path, lambda temporary: temporary.write_bytes(message.data))
-        if what == "mask":
             said = [held.answers("advertise")[message.sender].statement, message.statement]
             signed = SignedContribution.of(said, held.round, self._constitution)
+        held.take(what, message)  # from here on a masked delta is in the sum, so nothing may refuse it
+        path = _file(self._path, held, what, message.sender)
+        write_atomic(path, lambda temporary: temporary.write_bytes(message.data))
+        if signed is not None:
             self._ledger.append("contribution", signed.facts, round=held.round)
             self._members.mark_present(message.sender, signed.seen, held.round)
 
@@ -433,7 +438,7 @@ def _again(
 
 def _hear_stored(path: Path, held: Transcript, what: str, named: Mapping[str, str]) -> None:
     """Check the stored answers to a phase against the digests in the ledger."""
-    stored = {owner: _bytes(_file(path, held, what, owner)) for owner in named}
+    stored = {owner: _bytes(_file(path, held, what, owner), held.constitution) for owner in named}
     if wrong := sorted(owner for owner, data in stored.items() if hashlib.sha256(data).hexdigest() != named[owner]):
         raise DataError(
             f"the stored answers of {', '.join(wrong)} to the request to {what} in round {held.round} do not match the "
@@ -456,6 +461,5 @@ def _file(path: Path, held: Transcript, what: str, owner: str) -> Path:
     return path / "sessions" / f"{held.round:05d}-{held.attempt:03d}" / what / f"{path_name(owner, 'owner')}.msg"
 
 
-def _bytes(path: Path) -> bytes:
-    with storage_errors(path):
-        return path.read_bytes()
+def _bytes(path: Path, constitution: Constitution) -> bytes:
+    return read_bytes(path, constitution.largest_bytes)

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from worldloom.core.chain import Entry
-from worldloom.core.config import Config
+from worldloom.core.config import Config, check_shape
 from worldloom.core.files import read_json, write_json
 from worldloom.federation.record.ledger import LedgerReader
 from worldloom.federation.rounds.member_store import MemberStore, place_of
@@ -72,7 +72,9 @@ class SelfCheck:
             if number in sent:
                 self._compare_contribution(records, made[number])
             judged = (made[number].body["facts"].get("evaluation") or {}).get("owners", {}).get(self._name, [])
-            for loss, base in zip(judged, (bases[number], bases[number + 1]), strict=False):
+            for loss, base in zip(judged or (None, None), (bases[number], bases[number + 1]), strict=True):
+                if loss is None and base in state.losses:
+                    _log.warning("round %d: the ledger lacks a held-out loss that %s sent", number, self._name)
                 if loss is not None and loss not in state.losses.get(base, []):
                     self._accuse(f"has a held-out loss of {self._name} that {self._name} did not send", made[number])
         following = max(rounds, default=state.rounds - 1) + 1
@@ -94,7 +96,7 @@ class SelfCheck:
         _log.error("%s; the coordinator is at fault. %s", why, place_of(evidence))
 
     def _state(self) -> _State:
-        return _State.parse(read_json(self._path))
+        return check_shape(read_json(self._path), _State, self._path)
 
     def _write(self, state: _State) -> None:
         write_json(self._path, state.model_dump(mode="json"))

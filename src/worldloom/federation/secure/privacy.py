@@ -40,12 +40,13 @@ class PrivacyConfig(Config):
 
     `clip` is the largest L2 norm of an owner's shared delta over all tensors. `noise` is the standard deviation of the
     noise on the sum of the deltas, in units of `clip`; with 0, deltas are only clipped and epsilon is infinite.
-    `epsilon_budget` bounds the epsilon of all rounds together, at `delta`.
+    `epsilon_budget` bounds the epsilon of all rounds together, at `delta`: the probability that this guarantee fails,
+    which must be far below one in the number of owners.
     """
 
     clip: Clip
     noise: Noise
-    delta: float = Field(default=1e-5, gt=0, lt=1)
+    delta: float = Field(default=1e-5, gt=0, le=1e-3)
     epsilon_budget: float | None = Field(default=None, gt=0)
 
 

@@ -29,7 +29,7 @@ from worldloom.core.extras import missing_extra
 from worldloom.core.files import check_private, exclusive_lock, storage_errors
 from worldloom.core.signing import write_key
 from worldloom.federation.transport import flower_process as child
-from worldloom.federation.transport.keys import Tls
+from worldloom.federation.transport.keys import Tls, connection_key
 from worldloom.federation.transport.messages import Handler, Reply
 
 for _talkative in ("flwr", "httpx", "alembic"):  # one of these packages logs during its import
@@ -37,9 +37,6 @@ for _talkative in ("flwr", "httpx", "alembic"):  # one of these packages logs du
 
 try:
     import httpx
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
     from flwr.app import Array, ArrayRecord, Error, Message, MessageType, RecordDict
 
     from worldloom.federation.transport import flower_internals as flower
@@ -58,6 +55,8 @@ _STOP_SECONDS = 10.0
 _STEADY_SECONDS = 30.0  # a process that has run for this long has started successfully
 _RESTARTS = 3  # of a SuperLink that never ran for that long
 _BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
+_LONGEST_ERROR = 1000  # characters
+_MOST_LOST = 10  # times that a message is sent again in one exchange, because its node lost it
 _AWAY_SECONDS = 20  # a SuperNode without its SuperLink ends after this time, and is restarted
 # Errors for messages that a node's process lost when it ended: the message is sent again when the node is back.
 _LOST = (
@@ -120,6 +119,7 @@ class FlowerTransport:
         waiting = {node: data for node, data in requests.items() if node in self._names.values()}
         for node in sorted(set(requests) - set(waiting)):
             yield Reply(node=node, data=None, error="no registered node has this name")
+        losses = dict.fromkeys(waiting, 0)  # node -> how often it lost its message
         since: dict[str, str] = {}  # node -> start of the connection on which its message was sent
         looking: dict[str, threading.Event] = {}  # node -> the event that ends the wait for its answer
         found: Queue[tuple[str, Message | Exception]] = Queue()
@@ -150,10 +150,11 @@ class FlowerTransport:
                     if node not in waiting:
                         continue
                     if isinstance(message, Exception):
-                        trouble = f"; the last error was {type(message).__name__}: {message}"
+                        trouble = f"; the last error was {type(message).__name__}: {message}"[:_LONGEST_ERROR]
                         continue
-                    if message.has_error() and message.error.code in _LOST:
-                        _log.warning("%s lost a message (%s); it is sent again", node, message.error.reason)
+                    if message.has_error() and message.error.code in _LOST and losses[node] < _MOST_LOST:
+                        losses[node] += 1
+                        _log.warning("%s lost a message (%s); it is sent again", node, _reason(message))
                         since.pop(node, None)
                         continue
                     del waiting[node]
@@ -243,7 +244,7 @@ def serve(
     """
     names: dict[bytes, str] = {}
     for name, text in nodes.items():
-        public = _public(name, text)
+        public = connection_key(name, text)
         if public in names:
             raise DataError(f"{name} and {names[public]} have the same public key; give each node its own")
         names[public] = name
@@ -654,29 +655,22 @@ def _carried(message: Message) -> bytes:
 
 def _reply(node: str, message: Message) -> Reply:
     if message.has_error():
-        return Reply(node=node, data=None, error=message.error.reason or f"Flower's error {message.error.code}")
+        return Reply(node=node, data=None, error=_reason(message))
     try:
         return Reply(node=node, data=_carried(message))
     except DataError as error:
         return Reply(node=node, data=None, error=str(error))
 
 
+def _reason(message: Message) -> str:
+    """Return the error in a message, which is from a node; only its beginning, because nodes choose its length."""
+    return (message.error.reason or f"Flower's error {message.error.code}")[:_LONGEST_ERROR]
+
+
 def _program() -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Flower uses a deprecated name of pathspec
         return flower.build_fab_from_files(_PROGRAM)[0]
-
-
-def _public(name: str, text: str) -> bytes:
-    try:
-        key = load_ssh_public_key(text.strip().encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise DataError(f"{name}'s public key is invalid ({error}); use the text of the node's .ssh.pub file") from None
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise DataError(
-            f"{name}'s public key has the wrong type; expected ECDSA on P-384. Create it with 'worldloom weave keys'"
-        )
-    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _await_port(host: str, port: int) -> None:

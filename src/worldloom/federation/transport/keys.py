@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA384
@@ -57,6 +58,23 @@ def make_node_keys(folder: Path | str, name: str) -> Path:
     public = secret.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     write_key(paths[1], public + f" {name}\n".encode(), mode=0o644)
     return paths[1]
+
+
+def connection_key(name: str, text: str) -> bytes:
+    """Return the public key of a node's connections (PEM), from its text in OpenSSH's format.
+
+    Raises:
+        DataError: the text is not a key of the type that `make_node_keys` writes; the message says whose it is.
+    """
+    try:
+        key = serialization.load_ssh_public_key(text.strip().encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise DataError(f"{name}'s public key is invalid ({error}); use the text of the node's .ssh.pub file") from None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise DataError(
+            f"{name}'s public key has the wrong type; expected ECDSA on P-384. Create it with 'worldloom weave keys'"
+        )
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def make_tls(folder: Path | str, hosts: Sequence[str] = ("localhost", "127.0.0.1"), days: int = 825) -> Tls:

@@ -10,6 +10,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -240,17 +241,18 @@ def beside(path: Path, ending: str) -> Path:
 
 
 @contextmanager
-def exclusive_lock(path: Path, otherwise: Exception | None) -> Iterator[None]:
+def exclusive_lock(path: Path, otherwise: Exception | None) -> Iterator[FileIO]:
     """Lock `path` for this process. The kernel releases the lock when the process ends, even if it is killed.
 
-    If another process has the lock, raise the exception `otherwise`; if `otherwise` is None, wait for the lock.
+    If another process has the lock, raise the exception `otherwise`; if `otherwise` is None, wait for the lock. A file
+    that does not exist is created. Yields the file, open for appending without a buffer.
 
     Raises:
         StorageError: the lock file cannot be created or locked.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        file = path.open("ab", buffering=0)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if otherwise is None else fcntl.LOCK_NB))
@@ -259,7 +261,7 @@ def exclusive_lock(path: Path, otherwise: Exception | None) -> Iterator[None]:
             raise otherwise from None
         except OSError as error:  # some network file systems have no locks
             raise StorageError(f"{path} cannot be locked ({error}); use a directory on a local disk") from error
-        yield
+        yield file
 
 
 def sync_directory(path: Path) -> None:

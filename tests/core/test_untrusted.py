@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from worldloom.core import untrusted
+from worldloom.core.errors import DataError
 from worldloom.core.untrusted import HarmfulFile, try_files, written
 
 READ = """
@@ -153,3 +154,9 @@ def test_the_child_does_not_import_torch_and_limits_its_memory(kind: str, tmp_pa
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if line]
     assert said[-3:] == ['done ""', str(2**33), 'ended [0, ""]']
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "picture.png")
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        try_files("picture", [tmp_path / "picture.png"])

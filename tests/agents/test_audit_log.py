@@ -87,6 +87,16 @@ def test_each_decision_can_be_made_again_bit_for_bit(folder: Path) -> None:
             assert not replay(folder, entry, agent.decide, WORLD)[1]
 
 
+def test_an_agent_whose_log_is_rotated_away_stops(tmp_path: Path) -> None:
+    with AuditLog(tmp_path / "log", WORLD, [LINE], about={}) as log:
+        agent = agent_of(log)
+        agent.reset(Goal(observations=at((1, 1))))
+        agent.act(at((0, 0)))
+        log_path(tmp_path / "log").rename(tmp_path / "log.1")
+        with pytest.raises(StorageError, match="deleted, moved or replaced"):
+            agent.act(at((0, 0)))
+
+
 def test_another_agent_does_not_decide_the_same(folder: Path) -> None:
     entry = next(entry for entry in entries(log_path(folder)) if entry.body["event"] == "decided")
     other = PlanningAgent(

@@ -17,7 +17,7 @@ from worldloom.agents import (
 from worldloom.core.errors import PlanningError
 from worldloom.core.seams import Agent, Guardrail
 from worldloom.core.types import Context, Goal, Observations, Plan
-from worldloom.guardrails import Custom
+from worldloom.guardrails import Custom, Rate
 from worldloom.memory import LandmarkGraph
 from worldloom.planning import GoalObjective, LatentL2, Planner
 from worldloom.planning.solvers import CEM
@@ -236,3 +236,15 @@ def test_the_doors_of_the_test_world_are_where_they_are_said_to_be() -> None:
     heights = torch.tensor([DOOR + 0.1, 0.0, -DOOR - 0.1])
     moved = world.step(torch.stack([torch.full((3,), -0.15), heights], 1), torch.tensor([1.0, 0.0]).expand(3, 2))
     assert (moved[:, 0] > -0.15).tolist() == [False, False, True]
+
+
+def test_an_explorer_counts_changes_of_the_action_from_the_one_that_is_applied() -> None:
+    world = DoorWorld()
+    explorer = explorer_of(world, world.graph(), rail=Rate(limit=0.1).over("smoothly", 2))
+    for _ in range(2):
+        explorer.begin()
+        for applied in (torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]])):
+            explorer.resume(applied)
+            action = explorer.act(Observations(vector=LEFT))
+            assert float((action - applied).norm()) <= 0.1
+            assert abs(explorer.limited(np.ones(2, np.float32), applied[0].numpy()) - applied[0].numpy()).max() <= 0.1

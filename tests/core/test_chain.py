@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -248,6 +249,48 @@ def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     with Chain(path), pytest.raises(StorageError, match="another process"):
         Chain(path)
+
+
+def test_a_chain_whose_lock_file_is_tidied_away_is_still_locked(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with Chain(path) as chain:
+        chain.append({"said": "first"})
+        for other in tmp_path.iterdir():
+            if other != path:
+                other.unlink()
+        with pytest.raises(StorageError, match="another process"):
+            Chain(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "deleted, moved or replaced"),
+        (lambda path: path.rename(path.with_suffix(".1")), "deleted, moved or replaced"),
+        (lambda path: shutil.copy(path, path.with_suffix(".2")).replace(path), "deleted, moved or replaced"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"a line\n"), "changed .* it has [0-9]+ bytes; expected"),
+        (lambda path: os.truncate(path, 10), "changed .* it has 10 bytes; expected"),
+    ],
+    ids=["deleted", "renamed", "replaced by a copy", "appended to", "cut"],
+)
+def test_nothing_is_recorded_in_a_file_that_another_program_touched(tmp_path: Path, change, message: str) -> None:
+    path = tmp_path / "log.jsonl"
+    with Chain(path) as chain:
+        chain.append({"said": "first"})
+        change(path)
+        left = {each: each.read_bytes() for each in tmp_path.iterdir()}
+        for _ in range(2):
+            with pytest.raises(StorageError, match=message):
+                chain.append({"said": "second"})
+        assert chain.head.length == 1
+        assert {each: each.read_bytes() for each in tmp_path.iterdir()} == left
+
+
+def test_a_closed_chain_says_so(tmp_path: Path) -> None:
+    with Chain(tmp_path / "log.jsonl") as chain:
+        chain.append({"said": "first"})
+    with pytest.raises(StorageError, match="was closed"):
+        chain.append({"said": "second"})
 
 
 def test_what_json_does_not_hold_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from worldloom.core import untrusted, untrusted_child
+from worldloom.core.errors import DataError
 from worldloom.core.untrusted import HarmfulFile, try_files, written
 
 READ = """
@@ -171,3 +172,9 @@ def test_a_changed_deletion_file_is_read_although_the_data_files_are_known(
     assert said[-1] == ("file", str(deletions))
     untrusted_child.lance_table({**request, "files": [], "known": [*known, str(deletions)]})
     assert said[-1] == ("file", str(tmp_path / "t.lance"))  # nothing to read but the table itself
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "picture.png")
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        try_files("picture", [tmp_path / "picture.png"])

@@ -3,6 +3,7 @@
 A slow planner here takes ten periods, so that what must happen does not depend on how fast the machine is.
 """
 
+import contextlib
 import json
 import threading
 import time
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from worldloom.core.errors import ConfigError, PlanningError
 from worldloom.core.seams import Agent
 from worldloom.core.types import ActionSpec, Goal, Observations, ObservationSpec
-from worldloom.deploy import ControlLoop, ControlReport, SocketLink, draw_timeline
+from worldloom.deploy import CallbackLink, ControlLoop, ControlReport, SocketLink, draw_timeline
 from worldloom.deploy.control import Miss, Period, Schedule
 from worldloom.deploy.link import PlantReading
 from worldloom.deploy.plant import PlantServer
@@ -261,11 +262,13 @@ def test_a_function_is_given_the_last_observation(plant: Plant, link: SocketLink
 def test_every_command_obeys_the_agents_guardrails_on_actions(
     link: SocketLink, safe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[float] = []
+    given: list[tuple[float, float]] = []
     send = link.send
 
     def noted(action: np.ndarray, **options: Any) -> None:
-        given.append(float(action[0]))
+        applied = link.applied()
+        assert applied is not None
+        given.append((float(applied[0]), float(action[0])))
         send(action, **options)
 
     monkeypatch.setattr(link, "send", noted)
@@ -273,10 +276,30 @@ def test_every_command_obeys_the_agents_guardrails_on_actions(
     report = loop_of(agent, link, safe_action=safe).run(GOAL, duration=40 * PERIOD)
     assert {"agent", "safe"} <= {period.kind for period in report.periods}
     assert len(given) > 20
-    assert max(map(abs, given)) <= 0.6 + 1e-6
-    assert np.abs(np.diff(given)).max() <= 0.2 + 1e-6
+    assert max(abs(action) for _, action in given) <= 0.6 + 1e-6
+    assert max(abs(action - applied) for applied, action in given) <= 0.2 + 1e-6
     assert agent.resumed  # after a gap, the agent knows what was applied last
-    assert set(agent.resumed) <= set(given)
+    assert set(agent.resumed) <= {-0.25} | {action for _, action in given}
+
+
+def test_a_limit_on_changes_counts_from_what_the_plant_applies(plant: Plant, link: SocketLink) -> None:
+    stalls = [10, 24]
+
+    def stall(report: ControlReport) -> None:
+        if stalls and len(report.periods) >= stalls[0]:
+            stalls.pop(0)
+            time.sleep(8 * PERIOD)  # the plant's own watchdog acts
+
+    agent = Limited()
+    report = loop_of(agent, link, on_period=stall, watchdog=False).run(GOAL, duration=45 * PERIOD)
+    own = [value == -0.25 for value in plant.written]
+    first = own.index(False)
+    after = [n for n in range(first + 1, len(own)) if all(own[n - 4 : n]) and not own[n]]
+    assert len(after) >= 2
+    for number in (first, *after):  # the first command, and the first after each stall
+        assert abs(plant.written[number] - -0.25) <= 0.2 + 1e-4
+    assert agent.resumed.count(-0.25) >= 3 + 2  # the agent plans from there, too
+    assert report.restarts >= 2
 
 
 def test_a_safe_action_that_the_guardrails_forbid_is_refused(link: SocketLink) -> None:
@@ -303,13 +326,14 @@ def test_the_watchdog_acts_where_the_loop_itself_is_stuck(plant: Plant, link: So
     assert unnoticed(report, plant) == set()
 
 
-def test_the_watchdog_goes_on_after_an_error(plant: Plant, link: SocketLink, monkeypatch, caplog) -> None:
+@pytest.mark.parametrize("kind", [OSError, SystemExit])
+def test_the_watchdog_goes_on_after_an_error(plant: Plant, link: SocketLink, monkeypatch, caplog, kind) -> None:
     send, failed = link.send, []
 
     def glitch(action: np.ndarray, *, kind: str = "agent", answers: int = -1) -> None:
         if kind == "watchdog" and not failed:
             failed.append(1)
-            raise OSError("the bus is off")
+            raise kind("the bus is off")
         send(action, kind=kind, answers=answers)
 
     def block(report: ControlReport) -> None:
@@ -362,15 +386,16 @@ def test_a_link_that_breaks_ends_the_loop_and_keeps_its_report(plant: Plant, lin
     assert plant.written[-1] == -0.25
 
 
-def test_an_agent_that_raises_ends_the_loop_safely(plant: Plant, link: SocketLink) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit, GeneratorExit])
+def test_an_agent_that_raises_ends_the_loop_safely(plant: Plant, link: SocketLink, kind: type[BaseException]) -> None:
     class Raising(Counting):
         def act(self, observations: Observations) -> torch.Tensor:
             if self.calls == 5:
-                raise RuntimeError("out of ideas")
+                raise kind("out of ideas")
             return super().act(observations)
 
     loop = loop_of(Raising(), link)
-    with pytest.raises(PlanningError, match="the agent raised RuntimeError: out of ideas"):
+    with pytest.raises(PlanningError, match=f"the agent raised {kind.__name__}: out of ideas"):
         loop.run(GOAL, duration=30.0)
     link.close()
     assert [value for value in plant.written if value != -0.25][-1] == SAFE[0]
@@ -408,6 +433,61 @@ def test_stop_ends_it_and_a_new_goal_reaches_the_agent(plant: Plant, link: Socke
     assert agent.goals[-1] == 7.0
     with pytest.raises(ConfigError, match="can run only once"):
         loop.run(GOAL)
+
+
+class Long:
+    """A plant with a period of 20 s, of which the first two observations come at once."""
+
+    def __init__(self) -> None:
+        self.seen, self.broken, self.free = 0, threading.Event(), threading.Event()
+        self.link = CallbackLink(
+            self.read, lambda action: None, observation=ObservationSpec(vector=1), action=ACTION, rate=0.05
+        )
+
+    def read(self) -> PlantReading:
+        self.seen += 1
+        if self.seen > 2:
+            self.broken.wait(60)
+            raise RuntimeError("the sensor is gone")
+        time.sleep(0.1)
+        return PlantReading(vector=np.array([self.seen], np.float32))
+
+
+@pytest.mark.parametrize("what", ["stop while the agent plans", "stop between periods", "break between periods"])
+def test_a_loop_with_long_periods_ends_soon(what: str) -> None:
+    plant = Long()
+    plans = threading.Event()
+
+    class Thinking(Counting):
+        def act(self, observations: Observations) -> torch.Tensor:
+            if self.calls == 2:
+                plans.set()
+                if "plans" in what:
+                    plant.free.wait(60)
+            return super().act(observations)
+
+    loop = ControlLoop(Thinking(), plant.link, deadline=15.0, safe_action=SAFE)
+    ended: list[str] = []
+
+    def drive() -> None:
+        with contextlib.suppress(LinkError):
+            loop.run(GOAL)
+        ended.append(loop.report.ended)
+
+    driving = threading.Thread(target=drive)
+    driving.start()
+    assert plans.wait(20)
+    time.sleep(0.2)
+    began = time.monotonic()
+    if "stop" in what:
+        loop.stop()
+    else:
+        plant.broken.set()
+    driving.join(timeout=10)
+    assert time.monotonic() - began < 5
+    assert ended[0] == "stopped" or "the sensor is gone" in ended[0]
+    plant.free.set()
+    plant.broken.set()
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,68 @@ def test_observations_from_before_a_reset_are_dropped(hand: Hand) -> None:
     assert hand.link.counts["before the reset"] == 1
 
 
+SAFE = np.array([0.25, -0.25], np.float32)
+
+
+@pytest.fixture
+def slow_hand(tmp_path: Path) -> Iterator[Hand]:
+    """A plant with a period of 50 s, so that no period ends in a test."""
+    hand = Hand(tmp_path / "s", hello=greeting(OBSERVATION, ACTION, 0.02, SAFE, "hand"), silence=20.0)
+    yield hand
+    hand.close()
+
+
+def test_a_link_knows_which_action_the_plant_applies(slow_hand: Hand) -> None:
+    link, sent = slow_hand.link, np.array([0.5, 0.5], np.float32)
+
+    def applies(action: np.ndarray) -> bool:
+        return bool(np.array_equal(link.applied(), action))
+
+    assert applies(SAFE)
+    for number, action in ((5, sent), (6, sent), (7, SAFE)):
+        # In period 5 an action is sent; it is valid until the end of period 6. Observation 6 may be older than it.
+        slow_hand.observe(number, safe=number > 5)
+        assert link.receive(5.0).sequence == number
+        if number == 5:
+            link.send(sent)
+        assert applies(action)
+    link.send(sent)
+    assert applies(sent)
+    link.reset()
+    assert applies(SAFE)
+
+
+def test_an_action_lapses_at_the_end_of_the_next_period(hand: Hand) -> None:
+    hand.observe(1)
+    assert hand.link.receive(5.0) is not None
+    hand.link.send(np.ones(2, np.float32))
+    began = time.monotonic()
+    wait_for(lambda: not hand.link.applied().any())  # the plant stays silent
+    assert time.monotonic() - began > 0.04
+
+
+def test_a_plant_without_a_safe_action_applies_the_last_action(tmp_path: Path) -> None:
+    hello = greeting(OBSERVATION, ACTION, 20.0, SAFE, "hand")
+    fields = {name: value for name, value in hello.fields.items() if name != "safe_action"}
+    hand = Hand(tmp_path / "s", hello=WireMessage(type="hello", fields=fields))
+    assert hand.link.applied() is None
+    hand.observe(1)
+    hand.link.send(np.ones(2, np.float32))
+    hand.observe(9, safe=True)
+    assert hand.link.receive(5.0) is not None
+    assert hand.link.applied().tolist() == [1.0, 1.0]
+    hand.close()
+
+
+@pytest.mark.parametrize(
+    "value", ["x", {}, 0.5, [0.5], [0.5, "x"], [0.5, None], [10**400, 0], [1e60, 0.0], [[0.5], [0.5]]]
+)
+def test_a_useless_safe_action_is_said(tmp_path: Path, value: Any) -> None:
+    hello = greeting(OBSERVATION, ACTION, 20.0, SAFE, "hand")
+    with pytest.raises(LinkError, match="no valid observation, action, rate and safe action"):
+        Hand(tmp_path / "s", hello=WireMessage(type="hello", fields={**hello.fields, "safe_action": value}))
+
+
 @pytest.mark.parametrize("field", ["rate", "observation", "action"])
 @pytest.mark.parametrize("value", [None, -1, "x", {}])
 def test_a_useless_greeting_is_said(tmp_path: Path, field: str, value: Any) -> None:
@@ -424,6 +486,37 @@ def test_functions_make_a_link() -> None:
     waiting.release()
     with pytest.raises(LinkError, match="'read' raised OSError: the camera is unplugged"):
         link.receive(20.0)
+
+
+def test_a_function_that_fails_breaks_the_link(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError("the bus is off")
+
+    def leave() -> Any:
+        raise SystemExit(3)
+
+    link = CallbackLink(lambda: None, fail, observation=OBSERVATION, action=ACTION, rate=20.0)
+    with link, pytest.raises(LinkError, match="'write' raised OSError: the bus is off"):
+        link.send(np.ones(2, np.float32))
+    assert link.applied() is None
+    link = CallbackLink(leave, fail, observation=OBSERVATION, action=ACTION, rate=20.0)
+    with link, pytest.raises(LinkError, match="'read' raised SystemExit: 3"):
+        link.receive(20.0)
+
+
+def test_an_environment_waits_for_a_slow_plant(tmp_path: Path) -> None:
+    line = Line()
+    server = serve(line, f"unix:{tmp_path / 's'}", 2.0)
+    serving = threading.Thread(target=server.serve)
+    serving.start()
+    env = LinkEnv(server.address, timeout=0.05)
+    env.reset(seed=0)
+    for _ in range(2):
+        _, _, _, _, info = env.step(np.ones(2, np.float32))
+    assert info["sequence"] >= 2
+    env.close()
+    server.stop()
+    serving.join(timeout=10)
 
 
 @pytest.fixture(scope="module")

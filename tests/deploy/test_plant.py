@@ -1,5 +1,6 @@
 """A plant's server outlives its user's faults and its clients' malice, and its log does not grow without end."""
 
+import contextlib
 import logging
 import socket
 import struct
@@ -35,10 +36,9 @@ class Serving:
             lambda action: self.line.write(action),
             observation=OBSERVATION,
             action=ACTION,
-            rate=50.0,
             address=f"unix:{path}",
             reset=lambda seed: self.line.reset(seed),
-            **{"silence": 1.0, "safe_action": np.zeros(2, np.float32), **options},
+            **{"rate": 50.0, "silence": 1.0, "safe_action": np.zeros(2, np.float32), **options},
         )
         self.thread = threading.Thread(target=self.server.serve)
         self.thread.start()
@@ -247,13 +247,26 @@ def test_a_safe_action_out_of_bounds_is_refused(tmp_path: Path) -> None:
 # Faults of the user's own functions
 
 
-@pytest.mark.parametrize("name", ["read", "reset", "write"])
-def test_what_the_users_functions_raise_ends_the_session_only(start, name: str) -> None:
+class Stopped(BaseException):
+    """What no `except Exception` catches, as the exceptions by which some libraries end a task."""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("read", RuntimeError),
+        ("reset", RuntimeError),
+        ("write", RuntimeError),
+        ("write", SystemExit),
+        ("write", Stopped),
+    ],
+)
+def test_what_the_users_functions_raise_ends_the_session_only(start, name: str, kind: type[BaseException]) -> None:
     plant = start()
     whole = getattr(plant.line, name)
 
     def broken(*_: Any) -> Any:
-        raise RuntimeError("the motor is hot")
+        raise kind("the motor is hot")
 
     with SocketLink(plant.address) as link:
         assert link.receive(5.0) is not None
@@ -262,7 +275,7 @@ def test_what_the_users_functions_raise_ends_the_session_only(start, name: str) 
             link.reset(seed=1)
         if name == "write":
             link.send(np.ones(2, np.float32))
-        assert "raised RuntimeError: the motor is hot" in told(link)
+        assert f"raised {kind.__name__}: the motor is hot" in told(link)
     plant.line.written.clear()
     setattr(plant.line, name, whole)
     if name == "write":
@@ -316,6 +329,52 @@ def test_an_agent_that_never_acts_gives_way_to_one_that_waits(start) -> None:
     assert plant.server.log.sessions == 2
 
 
+def test_nine_agents_that_idle_and_come_again_do_not_keep_an_honest_one_out(start) -> None:
+    plant = start(idle=0.2)
+    over = threading.Event()
+
+    def pest() -> None:
+        while not over.is_set():
+            with contextlib.suppress(OSError), plant.client() as sock:
+                sock.settimeout(0.1)
+                sock.sendall(HELLO)
+                open_, beat = True, time.monotonic()
+                while open_ and not over.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        open_ = bool(sock.recv(65536))
+                    if time.monotonic() > beat + 0.1:
+                        beat = time.monotonic()
+                        sock.sendall(HEARTBEAT)
+
+    pests = [threading.Thread(target=pest) for _ in range(9)]
+    for each in pests:
+        each.start()
+    wait_for(lambda: plant.server.log.sessions > 2)  # all nine have come
+    try:
+        assert plant.serves(timeout=30.0)
+    finally:
+        over.set()
+        for each in pests:
+            each.join()
+
+
+def test_agents_that_gave_up_waiting_take_no_place(start) -> None:
+    plant = start()
+    with SocketLink(plant.address) as acting:
+        for _ in range(80):
+            with plant.client() as gone:
+                gone.sendall(HELLO + HEARTBEAT)
+        with plant.client() as waiting:
+            waiting.sendall(HELLO)
+            for _ in range(20):
+                assert acting.receive(5.0) is not None
+                acting.send(np.ones(2, np.float32))
+            acting.close()
+            waiting.settimeout(20)
+            assert b"hello" in waiting.recv(4096)
+    assert plant.serves()
+
+
 def test_an_agent_that_acts_keeps_its_place(start) -> None:
     plant = start(idle=0.3)
     with SocketLink(plant.address) as acting:
@@ -350,6 +409,45 @@ def test_what_no_agent_needs_to_send_ends_its_session_at_once(start, data: bytes
         pass
     sock.close()
     assert plant.serves()
+
+
+# Plants with long periods
+
+
+def test_a_slow_plant_sends_heartbeats_between_its_observations(start) -> None:
+    plant = start(rate=0.4, silence=1.0)
+    with SocketLink(plant.address, silence=1.0) as link:
+        first = link.receive(5.0)
+        second = link.receive(5.0)
+    assert first is not None
+    assert second is not None
+    assert (first.sequence, second.sequence) == (0, 1)
+
+
+def test_an_agent_that_answers_each_observation_of_a_slow_plant_keeps_its_place(start) -> None:
+    plant = start(rate=3.0, silence=5.0, idle=0.05)
+    with SocketLink(plant.address, silence=5.0) as acting, plant.client() as other:
+        other.sendall(HELLO)
+        for _ in range(5):
+            assert acting.receive(5.0) is not None
+            acting.send(np.ones(2, np.float32))
+    assert plant.server.log.sessions >= 1
+
+
+def test_within_a_long_period_sessions_end_and_resets_begin_at_once(start) -> None:
+    plant = start(rate=0.02)
+    began = time.monotonic()
+    for _ in range(2):
+        with SocketLink(plant.address) as link:
+            assert link.receive(10.0) is not None
+            link.reset(seed=1)
+            reading = link.receive(10.0)
+            assert reading is not None
+            assert reading.episode == 1
+    with SocketLink(plant.address) as link:
+        assert link.receive(10.0) is not None
+        plant.close()
+    assert time.monotonic() - began < 25  # a period has 50 s
 
 
 # Addresses

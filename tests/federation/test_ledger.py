@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from forging import contribution
 from worldloom.core.chain import Chain
-from worldloom.core.errors import DataError
+from worldloom.core.errors import DataError, StorageError
 from worldloom.core.signing import SigningKey, make_key
 from worldloom.federation import (
     Constitution,
@@ -186,6 +186,11 @@ def test_a_ledger_that_somebody_else_changes_while_it_is_open_is_not_gone_on_wit
         path.write_bytes(whole)
         ledger.append("base", {"fingerprint": "gh"}, round=2)
         assert ledger.bases() == Records(path).bases()
+        copy = tmp_path / "copy.jsonl"
+        copy.write_bytes(path.read_bytes())
+        copy.replace(path)  # entries would go into the file that no longer has a name
+        with pytest.raises(StorageError, match="deleted, moved or replaced"):
+            ledger.append("base", {"fingerprint": "ij"}, round=3)
 
 
 def test_an_entry_larger_than_any_that_is_written_does_not_verify(world: World, tmp_path: Path) -> None:

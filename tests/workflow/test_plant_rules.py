@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 from worldloom import data
@@ -20,7 +21,13 @@ from worldloom.recipes import load_recipe
 from worldloom.workflow import Run, Session, evaluate, plan_once, train
 
 LIMIT, CHANGE = 0.2, 0.15
-DECLARED: dict[str, bool | str | None] = {"plant": False, "simulator": True, "unknown": None, "vague": "yes"}
+DECLARED: dict[str, bool | str | None] = {
+    "plant": False,
+    "lapsing": False,
+    "simulator": True,
+    "unknown": None,
+    "vague": "yes",
+}
 
 
 class Machine(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -28,6 +35,7 @@ class Machine(gymnasium.Env[np.ndarray, np.ndarray]):
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
     given: ClassVar[list[list[np.ndarray]]] = []
+    changes: ClassVar[list[float]] = []  # of a lapsing machine: the length of each change of the applied action
     copies: ClassVar[int] = 0
     most: ClassVar[int] = 0
 
@@ -37,6 +45,7 @@ class Machine(gymnasium.Env[np.ndarray, np.ndarray]):
         self.observation_space = spaces.Box(-9, 9, (2,), np.float32)
         self.action_space = spaces.Box(-1, 1, (2,), np.float32)
         self._noise, self._sensor = noise, np.random.default_rng(0)
+        self._lapsing, self._asked, self._applied = kind == "lapsing", 0, np.zeros(2, np.float32)
         Machine.copies += 1
         Machine.most = max(Machine.copies, Machine.most)
 
@@ -48,10 +57,22 @@ class Machine(gymnasium.Env[np.ndarray, np.ndarray]):
         super().reset(seed=seed)
         self._place = self.np_random.uniform(-1, 1, 2)
         Machine.given.append([])
+        self._applied = np.zeros(2, np.float32)
         return self._look()
+
+    def applied(self) -> np.ndarray | None:
+        """Return the last action; in every third period the machine replaces it, while the agent plans."""
+        if not self._lapsing:
+            return None
+        self._asked += 1
+        if len(Machine.given[-1]) % 3 == 2 and self._asked > 1:
+            self._applied = np.zeros(2, np.float32)
+        return self._applied.copy()
 
     def step(self, action: np.ndarray) -> Any:
         Machine.given[-1].append(action.copy())
+        Machine.changes.append(float(np.linalg.norm(action - self._applied)))
+        self._applied, self._asked = action.copy(), 0
         self._place = np.clip(self._place + 0.2 * action, -2, 2)
         seen, info = self._look()
         return seen, 0.0, False, False, info
@@ -100,7 +121,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(autouse=True)
 def _begin() -> Iterator[None]:
-    Machine.given, Machine.copies, Machine.most = [], 0, 0
+    Machine.given, Machine.changes, Machine.copies, Machine.most = [], [], 0, 0
     warnings.simplefilter("ignore")  # Gymnasium's, about spaces and metadata
     yield
     assert Machine.copies == 0
@@ -127,6 +148,13 @@ def test_under_a_rule_set_only_guarded_methods_act_on_a_plant(run, kind, caplog)
     assert [text.split("'")[1] for text in skipped] == ["random", "reactive", "free"]
     assert all("does not obey the rule set" in text and "tests/Machine-v0" in text for text in skipped)
     assert set(results.provenance["skipped"]) == {"random", "reactive", "free"}
+
+
+def test_a_limit_on_changes_counts_from_the_action_that_the_plant_applies(run) -> None:
+    with Session(run, rules=RULES) as session:
+        evaluate(session, methods=["plan"], env_kwargs={"kind": "lapsing", "noise": 0.01}, **QUICK)
+    assert len(Machine.changes) > 20
+    assert max(Machine.changes) <= CHANGE + 1e-6
 
 
 @pytest.mark.parametrize("declared", ["by the world", "by the user"])
@@ -210,6 +238,11 @@ def test_the_logging_policy_is_followed_as_far_as_the_rules_permit(run) -> None:
     policy.act(here)
     policy._policy.wish = -policy._policy.wish  # type: ignore[attr-defined]
     assert policy.act(here)[0].tolist() == pytest.approx((0.0, -0.05), abs=1e-3)
+    policy.resume(torch.tensor([[0.2, 0.0]]))  # the plant applies something else
+    assert np.linalg.norm(policy.act(here)[0] - np.array([0.2, 0.0])) <= CHANGE + 1e-6
+    policy.reset([np.random.default_rng(0)])
+    policy.resume(torch.tensor([[0.0, -0.2]]))
+    assert np.linalg.norm(policy.act(here)[0] - np.array([0.0, -0.2])) <= CHANGE + 1e-6
 
 
 def test_the_worlds_of_this_project_declare_what_they_are() -> None:

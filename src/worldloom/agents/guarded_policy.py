@@ -8,7 +8,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from worldloom.agents.mpc import PlanningAgent
-from worldloom.core.seams import Objective, Policy
+from worldloom.core.seams import Objective, Policy, SafePolicy
 from worldloom.core.types import Context, Goal, Observations, Rollouts
 
 
@@ -29,7 +29,7 @@ class _Wish(Objective):
         return _Wish(self._wish[rows])
 
 
-class GuardedPolicy(Policy):
+class GuardedPolicy(SafePolicy):
     """A safety filter: replaces each action of a policy by the nearest one that can start a plan under the guardrails.
 
     `build(objective=..., proposer=...)` returns the planning agent, with its guardrails, margins and fallback. The
@@ -41,18 +41,32 @@ class GuardedPolicy(Policy):
         self._agent: PlanningAgent = build(objective=lambda goal: _Wish(self._wish), proposer=self._propose)
         self._model = self._agent.planner.model
         self._last: np.ndarray | None = None
+        self._begun = False
 
     def reset(self, generators: list[np.random.Generator]) -> None:
         """Start one episode for each generator."""
         self._policy.reset(generators)
-        self._last = None
+        self._last, self._begun = None, False
+
+    def resume(self, taken: Float[Tensor, "B A"]) -> None:
+        """Receive the environment actions that are applied at present; see `Actor.resume`."""
+        self._last = taken.numpy()
+
+    def limited(
+        self, action: Float32[np.ndarray, "A"], taken: Float32[np.ndarray, "A"] | None
+    ) -> Float32[np.ndarray, "A"]:
+        """Return the nearest action that the guardrails permit after `taken`; see `Actor.limited`."""
+        return self._agent.limited(action, taken)
 
     def act(self, observations: Observations) -> Float32[np.ndarray, "B A"]:
         """Return one environment action for each episode, within bounds and under the guardrails."""
         wishes = self._policy.act(observations)
         before = [None] * len(wishes) if self._last is None else list(self._last)
-        if self._last is None:
+        if not self._begun:
             self._agent.reset(Goal(observations=observations))
+            self._begun = True
+        if self._last is not None:
+            self._agent.resume(torch.from_numpy(self._last))
         limited = [self._agent.limited(wish, last) for wish, last in zip(wishes, before, strict=True)]
         self._wish = torch.from_numpy(np.stack(limited)).to(self._model.device)
         actions: np.ndarray = self._agent.act(observations).detach().cpu().numpy()

@@ -37,6 +37,12 @@ class History(Batched):
         """Return the history with the environment action that follows the current frame."""
         return replace(self, actions=(*self.actions, actions)[-self.reach :] if self.reach else (), taken=actions)
 
+    def corrected(self, taken: Float[Tensor, "B _"]) -> "History":
+        """Return the history with the environment action that was applied instead of the last one."""
+        if not self.actions:
+            return replace(self, taken=taken)
+        return replace(self, actions=(*self.actions[:-1], taken.to(self.actions[-1])), taken=taken)
+
     def context(self) -> Context:
         """Return the model's context: encoded frames, one block apart, with the action blocks between them."""
         model, spec, reach = self.model, self.model.spec, self.reach

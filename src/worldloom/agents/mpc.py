@@ -17,7 +17,7 @@ from worldloom.agents.history import History
 from worldloom.agents.remembering import Rememberer
 from worldloom.agents.situation import Situation
 from worldloom.core.errors import NoFeasiblePlan, PlanningError
-from worldloom.core.seams import Agent, Explorer, Objective, WorldModel
+from worldloom.core.seams import Actor, Agent, Objective, WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Batched, Context, Goal, Observations, Plan
 from worldloom.guardrails import ActionLimits, BoundRail, Fallback, Infeasible, Recalibration, Stop
@@ -184,9 +184,9 @@ class PlanningAgent(Agent):
             self._observer.begin(len(latents))
 
     def resume(self, taken: Float[Tensor, "B A"]) -> None:
-        """Receive, after `reset`, the environment actions that were applied last."""
+        """Receive the environment actions that are applied at present; see `Actor.resume`."""
         assert self._state is not None
-        self._state = replace(self._state, history=replace(self._state.history, taken=taken))
+        self._state = replace(self._state, history=self._state.history.corrected(taken))
 
     def limited(
         self, action: Float32[np.ndarray, "A"], taken: Float32[np.ndarray, "A"] | None
@@ -212,7 +212,7 @@ class PlanningAgent(Agent):
         block, whole = self._into((self._step - 1) % self._replan + 1)
         self._auditor.ended(rows, here, outcomes, block=block, whole=whole)
 
-    def explorer(self) -> Explorer:
+    def explorer(self) -> Actor:
         """Return an agent that explores other environments, and adds what it learns to this agent's memory.
 
         See `explores`.
@@ -371,19 +371,32 @@ class PlanningAgent(Agent):
         return blocks.reshape(len(blocks), -1, self._model.spec.action.size)
 
 
-class ExploringAgent:
+class ExploringAgent(Actor):
     """Explores B environments at once, without a goal: acts through `planning`, whose guide sets new goals."""
 
     def __init__(self, planning: PlanningAgent) -> None:
         self.planning, self._begun = planning, False
+        self._taken: Float[Tensor, "B A"] | None = None
 
     def begin(self) -> None:
         """Begin in other environments, or at other places in the same ones; keep what was learned."""
-        self._begun = False
+        self._begun, self._taken = False, None
 
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
         """Return the next environment action, within bounds."""
         if not self._begun:
             self.planning.reset(Goal(observations=observations))
             self._begun = True
+        if self._taken is not None:
+            self.planning.resume(self._taken)
         return self.planning.act(observations)
+
+    def resume(self, taken: Float[Tensor, "B A"]) -> None:
+        """Receive the environment actions that are applied at present; see `Actor.resume`."""
+        self._taken = taken
+
+    def limited(
+        self, action: Float32[np.ndarray, "A"], taken: Float32[np.ndarray, "A"] | None
+    ) -> Float32[np.ndarray, "A"]:
+        """Return the nearest action that the guardrails permit after `taken`; see `Actor.limited`."""
+        return self.planning.limited(action, taken)

@@ -19,7 +19,7 @@ from typing import Any
 
 from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.files import exclusive_lock, storage_errors
+from worldloom.core.files import lock_file, storage_errors
 from worldloom.core.progress import SILENT, Progress
 
 _log = logging.getLogger(__name__)
@@ -115,6 +115,8 @@ def _check_depth(value: Any, left: int) -> None:
 class Chain(Closing):
     """A chain that is open for writing by one process. If `durable`, each entry is on disk before `append` returns.
 
+    The file itself is locked. While the chain is open, no other program may change, move or delete the file.
+
     Raises:
         StorageError: another process is writing the chain, or the file cannot be opened.
         DataError: the chain does not verify; nothing is appended to a tampered chain.
@@ -124,9 +126,13 @@ class Chain(Closing):
         self.path, self._durable = Path(path), durable
         busy = StorageError(f"{path} is open in another process; end that process, or choose another path")
         with ExitStack() as stack:
-            stack.enter_context(exclusive_lock(self.path.with_name(f".{self.path.name}.lock"), busy))
             with storage_errors(self.path):
-                verdict = verify(self.path) if self.path.exists() else Verdict(head=_EMPTY)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                # Unbuffered: a buffer would keep bytes that the disk refused and write them before the next entry.
+                self._file = stack.enter_context(self.path.open("ab", buffering=0))
+            lock_file(self._file, self.path, busy)
+            with storage_errors(self.path):
+                verdict = verify(self.path)
                 if verdict.why == _TRUNCATED:
                     verdict = Verdict(head=self._mend_end(verdict.head))
                 if verdict.broken is not None:
@@ -134,8 +140,7 @@ class Chain(Closing):
                         f"{self.path} does not verify: entry {verdict.broken} {verdict.why}. Keep the file as "
                         f"evidence, and choose another path"
                     )
-                # Unbuffered: a buffer would keep bytes that the disk refused and write them before the next entry.
-                self._file = stack.enter_context(self.path.open("ab", buffering=0))
+                self._size = os.fstat(self._file.fileno()).st_size
             self.head = verdict.head
             self._release = stack.pop_all()
 
@@ -144,12 +149,13 @@ class Chain(Closing):
 
         Raises:
             DataError: JSON cannot represent the body, or the body is nested too deeply.
-            StorageError: the disk is full or the write failed; the chain is unchanged.
+            StorageError: the disk is full or the write failed, so that the chain is unchanged; or the chain was closed,
+                or another program deleted, moved or changed the file.
         """
         entry = Entry(index=self.head.length, time=round(time.time(), 6), previous=self.head.hash, body=body)
         line = entry.line().encode("ascii") + b"\n"
+        self._check_place()
         with storage_errors(self.path):
-            before = os.fstat(self._file.fileno()).st_size
             try:
                 rest = memoryview(line)
                 while rest:
@@ -157,14 +163,40 @@ class Chain(Closing):
                 if self._durable:
                     os.fsync(self._file.fileno())
             except OSError:
-                os.ftruncate(self._file.fileno(), before)
+                os.ftruncate(self._file.fileno(), self._size)
                 raise
+        self._size += len(line)
         self.head = entry.head
         return entry
 
     def close(self) -> None:
         """Close the file and release its lock."""
         self._release.close()
+
+    def _check_place(self) -> None:
+        """Check that the open file is still the file at the path, as this chain wrote it.
+
+        Raises:
+            StorageError: it is not.
+        """
+        if self._file.closed:
+            raise StorageError(f"{self.path} was closed, so nothing more can be recorded; open it again")
+        with storage_errors(self.path):
+            ours = os.fstat(self._file.fileno())
+            try:
+                there = self.path.stat()
+            except FileNotFoundError:
+                there = None
+        if there is None or not os.path.samestat(ours, there):
+            raise StorageError(
+                f"another program deleted, moved or replaced {self.path} while it was open, so nothing more can be "
+                f"recorded there. Restore the file, or choose another path; let nothing rotate it while it is open"
+            )
+        if ours.st_size != self._size:
+            raise StorageError(
+                f"another program changed {self.path} while it was open: it has {ours.st_size} bytes; expected "
+                f"{self._size}. Keep the file as evidence, and choose another path"
+            )
 
     def _mend_end(self, head: ChainHead) -> ChainHead:
         """Remove an unfinished last entry, which a killed process left after valid entries; return the new head.
@@ -182,8 +214,7 @@ class Chain(Closing):
         whole = begin + len(end) - len(torn)
         entry, _ = read_entry(torn + b"\n", head)
         if entry is not None:
-            with self.path.open("ab") as file:
-                file.write(b"\n")
+            self._file.write(b"\n")
             return entry.head
         if not torn.startswith(_BEGINNING[: len(torn)]):
             raise DataError(
@@ -191,7 +222,7 @@ class Chain(Closing):
                 f"wrote it. Choose another path"
             )
         _log.warning("%s: removed an unfinished last entry (%d bytes)", self.path, len(torn))
-        os.truncate(self.path, whole)
+        os.ftruncate(self._file.fileno(), whole)
         return head
 
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -282,28 +282,34 @@ def beside(path: Path, ending: str) -> Path:
 def exclusive_lock(path: Path, otherwise: Exception | None) -> Iterator[None]:
     """Lock `path` for this process. The kernel releases the lock when the process ends, even if it is killed.
 
-    Users who share a folder can use each other's lock files.
+    Users who share a folder can use each other's lock files. For `otherwise` and errors see `lock_file`.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_lock(path)
+    with os.fdopen(descriptor, "rb") as file:
+        lock_file(file, path, otherwise)
+        yield
+
+
+def lock_file(file: IO[bytes], path: Path, otherwise: Exception | None) -> None:
+    """Lock an open file until it is closed.
 
     If another process has the lock, raise the exception `otherwise`; if `otherwise` is None, wait for the lock.
 
     Raises:
-        StorageError: the lock file cannot be created or locked.
+        StorageError: the file cannot be locked.
     """
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock_file(path)
-    with os.fdopen(descriptor, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if otherwise is None else fcntl.LOCK_NB))
-        except BlockingIOError:
-            assert otherwise is not None
-            raise otherwise from None
-        except OSError as error:  # some network file systems have no locks
-            raise StorageError(f"{path} cannot be locked ({error}); use a directory on a local disk") from error
-        yield
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if otherwise is None else fcntl.LOCK_NB))
+    except BlockingIOError:
+        assert otherwise is not None
+        raise otherwise from None
+    except OSError as error:  # some network file systems have no locks
+        raise StorageError(f"{path} cannot be locked ({error}); use a directory on a local disk") from error
 
 
-def _lock_file(path: Path) -> int:
+def _open_lock(path: Path) -> int:
     """Open a lock file, which is created if necessary; return its descriptor."""
     with suppress(FileExistsError):
         created = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)

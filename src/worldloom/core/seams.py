@@ -125,22 +125,39 @@ class Guardrail(ABC):
         return self
 
 
-@runtime_checkable
-class Explorer(Protocol):
-    """Acts in B environments at once, without a goal."""
+class Actor(ABC):
+    """Acts in B environments at once; one environment is a batch of one."""
 
+    @abstractmethod
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
         """Return one environment action for each environment, within bounds."""
-        ...
+
+    def resume(self, taken: Float[Tensor, "B A"]) -> None:
+        """Receive the environment actions that are applied at present, which limits on changes of actions need.
+
+        A caller on a plant calls this after `reset`, and before each action: the plant may have applied its own safe
+        action instead of the last action.
+        """
+        return
+
+    def limited(
+        self, action: Float32[np.ndarray, "A"], taken: Float32[np.ndarray, "A"] | None
+    ) -> Float32[np.ndarray, "A"]:
+        """Return the nearest environment action that the guardrails on actions permit after `taken`.
+
+        A caller that replaces an action, for example by a safe action, or that applies an action after another one than
+        the last, must pass it through this method. The default returns the action unchanged.
+        """
+        return action
 
 
-class Agent(ABC):
-    """Acts in B environments at once; one environment is a batch of one.
+class Agent(Actor):
+    """Acts toward goals in B environments at once.
 
     Attributes:
         narrows: whether `select` can reduce the agent to some environments. If not, the agent receives all environments
             of its batch until the last episode ends.
-        explores: whether `explorer` returns an explorer for the agent.
+        explores: whether `explorer` returns an actor that explores for the agent.
         statistics: for each name, one value per plan since the agent was created. An evaluation takes its timings from
             `plan_seconds` and `plan_environments` (the number of environments of each plan). If these names are
             missing, it times the calls of `act`.
@@ -154,31 +171,9 @@ class Agent(ABC):
     def reset(self, goal: Goal) -> None:
         """Start a new episode with a new goal for each environment."""
 
-    @abstractmethod
-    def act(self, observations: Observations) -> Float[Tensor, "B A"]:
-        """Return one environment action for each environment, within bounds."""
-
     def act_by(self, deadline: float, observations: Observations) -> Float[Tensor, "B A"]:
         """Return the best action found by `deadline`, in seconds of `time.monotonic`; the default calls `act`."""
         return self.act(observations)
-
-    def resume(self, taken: Float[Tensor, "B A"]) -> None:
-        """Receive the environment actions that were applied last. Call this after `reset`.
-
-        Limits on the change between consecutive actions need them.
-        """
-        return
-
-    def limited(
-        self, action: Float32[np.ndarray, "A"], taken: Float32[np.ndarray, "A"] | None
-    ) -> Float32[np.ndarray, "A"]:
-        """Return the nearest environment action that the agent's guardrails on actions permit.
-
-        `taken` is the action that was applied before, or None if there was none.
-        A caller that replaces an action of the agent, for example by a safe action, must pass the replacement through
-        this method. The default returns the action unchanged.
-        """
-        return action
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only the environments with these indices in the last batch, in this order; see `narrows`."""
@@ -196,8 +191,8 @@ class Agent(ABC):
         """The `PlanningAgent` of each planning part, by name in the audit log; the part "" chooses the actions."""
         return {}
 
-    def explorer(self) -> Explorer:
-        """Return an explorer, which acts in separate environments and fills this agent's memory; see `explores`."""
+    def explorer(self) -> Actor:
+        """Return an actor that explores separate environments, and fills this agent's memory; see `explores`."""
         raise NotImplementedError(f"{type(self).__name__} does not explore; call 'explorer' only if 'explores' is True")
 
 
@@ -238,4 +233,19 @@ class Policy(Protocol):
 
     def act(self, observations: Observations) -> Float32[np.ndarray, "B A"]:
         """Return one environment action for each episode, within bounds."""
+        ...
+
+
+@runtime_checkable
+class SafePolicy(Policy, Protocol):
+    """A logging policy whose actions satisfy guardrails."""
+
+    def resume(self, taken: Float[Tensor, "B A"]) -> None:
+        """Receive the environment actions that are applied at present; see `Actor.resume`."""
+        ...
+
+    def limited(
+        self, action: Float32[np.ndarray, "A"], taken: Float32[np.ndarray, "A"] | None
+    ) -> Float32[np.ndarray, "A"]:
+        """Return the nearest environment action that the guardrails on actions permit after `taken`."""
         ...

@@ -72,12 +72,13 @@ def try_files(kind: Kind, files: Iterable[Path], *, table: Path | None = None, v
 
     Raises:
         HarmfulFile: the child ended early; the message names the file and the cause.
-        DataError: a file is a pointer of Git LFS.
+        DataError: a file is a pointer of Git LFS, a pipe or a device.
     """
     stamps = _stamps(files)
     if not _unknown(stamps):
         return
     for file in _unknown(stamps):
+        refuse_pipe(Path(file))
         refuse_pointer(Path(file))
     root = table if table is not None else Path(os.path.commonpath(stamps))
     with _remembered(root) as list_file:
@@ -94,6 +95,12 @@ def try_files(kind: Kind, files: Iterable[Path], *, table: Path | None = None, v
         if list_file is not None:
             with suppress(OSError):
                 _write(list_file, json.dumps(stamps))
+
+
+def refuse_pipe(file: Path) -> None:
+    """Raise `DataError` for a pipe, which a reader would wait for without end, or a device."""
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise DataError(f"{file} is a pipe or a device; expected a file. Check the path")
 
 
 def refuse_pointer(file: Path) -> None:

@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 # The share of the time before the deadline that the agent may use for planning; the rest is for sending the action.
 _PLANNING_SHARE = 0.8
+_TICK = 0.25  # seconds between two looks at the link and at `stop`, while nothing else happens
 _KEPT = 100_000  # entries of each list of a report
 _WATCHDOG_FAILED = "the loop's watchdog cannot reach the plant; the plant's own watchdog must act: %s"
 
@@ -205,7 +206,7 @@ class ControlLoop:
         self._schedule: Schedule | None = None
         self._commanded = -1  # the last period with a command
         self._last: np.ndarray | None = None  # the agent's last action
-        self._applied: np.ndarray | None = None  # the last command
+        self._applied = link.applied()  # by the plant, as the agent knows it
         self._period = Period(number=-1)
         self._unanswered_before: int | None = None
         self.reading: PlantReading | None = None
@@ -242,13 +243,14 @@ class ControlLoop:
         sys.setswitchinterval(min(switching, 0.001))
         ended = "failed"
         try:
-            reading = self._link.receive(max(2.0, 4 / self._rate))
+            reading = self._receive(time.monotonic() + max(2.0, 4 / self._rate))
             if reading is not None:
-                self._worker.prepare(reading)
-            first = self._link.receive(max(2.0, 4 / self._rate))
-            if first is None:
+                self._worker.prepare(reading, self._applied)
+            first = self._receive(time.monotonic() + max(2.0, 4 / self._rate))
+            if first is not None:
+                self._drive(first, duration)
+            elif not self._stopping.is_set():
                 raise LinkError("no observation arrived at the start; check that the plant sends observations")
-            self._drive(first, duration)
             ended = "stopped" if self._asked_to_stop else "done"
         except KeyboardInterrupt:
             ended = "interrupted"
@@ -280,6 +282,8 @@ class ControlLoop:
         until = float("inf") if duration is None else schedule.start + duration - period / 2
         try:
             while not self._stopping.is_set() and schedule.begins(number) < until:
+                while schedule.begins(number) - time.monotonic() > _TICK and not self._stopping.wait(_TICK):
+                    self._link.check()
                 _sleep_until(schedule.begins(number), self._stopping)
                 if self._stopping.is_set():
                     break
@@ -311,7 +315,7 @@ class ControlLoop:
         period = Period(number=number, began=time.monotonic() - began)
         self._period = period
         # Wait for a late observation, but leave half of the time before the deadline for planning.
-        reading = self._link.receive(max(0.0, began + self._deadline / 2 - time.monotonic())) or before
+        reading = self._receive(began + self._deadline / 2) or before
         fresh = reading.sequence != before.sequence or not self.report.periods
         if fresh:
             self.report.skipped += range(before.sequence + 1, reading.sequence)
@@ -334,7 +338,9 @@ class ControlLoop:
         elif worker.busy:
             cause = self._take_late(period, due)
         else:
-            worker.ask(reading, now + _PLANNING_SHARE * (due - now), self._applied)
+            if not _equal(applied := self._link.applied(), self._applied):
+                worker.mark_gap()  # the plant has replaced the last command by its safe action
+            worker.ask(reading, now + _PLANNING_SHARE * (due - now), applied)
             cause = self._take(period, due, "agent")
         if cause is not None:
             self._command(period, None, "safe")
@@ -345,6 +351,16 @@ class ControlLoop:
         self.report.periods.append(period)
         if self._on_period is not None:
             self._on_period(self.report)
+        return reading
+
+    def _receive(self, until: float) -> PlantReading | None:
+        """Return the newest observation, or None if none has arrived at the time `until` or when the loop stops."""
+        reading = None
+        while reading is None and not self._stopping.is_set():
+            left = until - time.monotonic()
+            reading = self._link.receive(min(max(left, 0.0), _TICK))
+            if left <= _TICK:
+                break
         return reading
 
     def _hear_of_overdue(self) -> None:
@@ -417,8 +433,8 @@ class ControlLoop:
             return True
 
     def _send(self, values: np.ndarray, kind: str, answers: int) -> np.ndarray:
-        """Send the nearest action that the agent's guardrails on actions permit, and return it."""
-        permitted = self._agent.limited(values, self._applied)
+        """Send the nearest action that the guardrails permit after the one that the plant applies, and return it."""
+        permitted = self._agent.limited(values, self._link.applied())
         self._link.send(permitted, kind=kind, answers=answers)
         self._applied = permitted
         return permitted
@@ -450,7 +466,7 @@ class ControlLoop:
                 if self._commanded < current and self._command(period, None, "watchdog"):
                     self.report.watchdog.append((current, time.monotonic() - schedule.due(current)))
                     self._watchdog_said.log(logging.WARNING, "period %d: the watchdog sent the safe action", current)
-            except Exception as error:  # also of the user's `write`; the watchdog tries again in the next period
+            except BaseException as error:  # also of the user's `write`; the watchdog tries again in the next period
                 self._watchdog_failed.log(logging.ERROR, _WATCHDOG_FAILED, error)
             number = current + 1
 
@@ -509,12 +525,15 @@ class _Worker:
         self.asked: PlantReading | None = None
         self.restarts = 0
 
-    def prepare(self, reading: PlantReading) -> None:
-        """Warm up the agent with two calls, because the first calls are slow, and start the thread."""
+    def prepare(self, reading: PlantReading, applied: np.ndarray | None) -> None:
+        """Warm up the agent with two calls, because the first calls are slow, and start the thread.
+
+        `applied` is the action that the plant is applying.
+        """
         for _ in range(2):
-            self._begin()
+            self._begin(applied)
             self._agent.act(reading.observations())
-        self._begin()
+        self._begin(applied)
         self._aimed = False
         threading.Thread(target=self._run, name="worldloom-planner", daemon=True).start()
 
@@ -523,9 +542,11 @@ class _Worker:
         with self._changed:
             self._goal, self._aimed = goal, True
 
-    def _begin(self) -> None:
+    def _begin(self, applied: np.ndarray | None) -> None:
         assert self._goal is not None
         self._agent.reset(self._goal)
+        if applied is not None:
+            self._agent.resume(torch.from_numpy(applied)[None])
 
     @property
     def busy(self) -> bool:
@@ -534,7 +555,7 @@ class _Worker:
             return self._request is not None
 
     def ask(self, reading: PlantReading, deadline: float, applied: np.ndarray | None) -> None:
-        """Request an action for an observation, after the command `applied`.
+        """Request an action for an observation, after the action `applied` of the plant.
 
         An anytime agent ends its search by the deadline.
         """
@@ -553,7 +574,7 @@ class _Worker:
         """Return the answer to the last request, or None if it is not ready at the time `until`."""
         with self._changed:
             while self._answer is None and (left := until - time.monotonic()) > 0 and not stopping.is_set():
-                self._changed.wait(left)
+                self._changed.wait(min(left, _TICK))  # `stopping` does not notify
             answer, self._answer = self._answer, None
             if answer is None:
                 self._gap = True
@@ -584,18 +605,14 @@ class _Worker:
             began = time.monotonic()
             try:
                 if gap or aimed:
-                    self._begin()
-                    if applied is not None:
-                        self._agent.resume(torch.from_numpy(applied)[None])
+                    self._begin(applied)
                     self.restarts += gap
                 observations = request.observations()
                 action = self._agent.act_by(deadline, observations)[0].detach().cpu().numpy()
                 answer = _Answer(sequence=request.sequence, action=action)
             except WorldloomError as error:
                 answer = _Answer(error=error)
-            except (
-                Exception
-            ) as error:  # any error of an agent is raised in the loop's thread, after it sends the safe action
+            except BaseException as error:  # also an exit: the loop's thread raises it after it sends the safe action
                 failure = PlanningError(f"the agent raised {type(error).__name__}: {error}. Repair the agent")
                 failure.__cause__ = error
                 answer = _Answer(error=failure)
@@ -603,6 +620,10 @@ class _Worker:
                 self._times.append(time.monotonic() - began)
                 self._answer, self._request = answer, None
                 self._changed.notify_all()
+
+
+def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 
 def _sleep_until(moment: float, stopping: threading.Event) -> None:

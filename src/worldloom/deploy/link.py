@@ -70,30 +70,50 @@ class PlantReading:
             )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Sent:
+    """An action that was sent: in the plant's period `number`, and valid until the end of the next period."""
+
+    values: Float32[np.ndarray, "A"]
+    number: int
+    until: float
+
+
 class Link(Closing, ABC):
     """A connection to a plant: it receives the newest observation and sends actions. All methods are thread-safe.
 
     `counts` counts observations: `received`; `unread` (replaced by a newer one before `receive` was called); `lost`
     (never arrived); and `out of order` (arrived late and dropped). `overdue` contains the sequence numbers of
-    observations whose action reached the plant only after the observation's period.
+    observations whose action reached the plant only after the observation's period. `safe_action` is the plant's own
+    safe action, or None if the link does not know it.
     """
 
     observation: ObservationSpec
     action: ActionSpec
     rate: float
+    safe_action: Float32[np.ndarray, "A"] | None
 
-    def __init__(self, observation: ObservationSpec, action: ActionSpec, rate: float) -> None:
+    def __init__(
+        self,
+        observation: ObservationSpec,
+        action: ActionSpec,
+        rate: float,
+        safe_action: Float32[np.ndarray, "A"] | None = None,
+    ) -> None:
         if not RATES[0] <= rate <= RATES[1]:
             raise LinkError(
                 f"expected a 'rate' from {RATES[0]:g} to {RATES[1]:g} observations per second; got {rate}. Correct "
                 f"the rate"
             )
         self.observation, self.action, self.rate = observation, action, float(rate)
+        self.safe_action = safe_action
         self.counts: Counter[str] = Counter()
         self.overdue: list[int] = []
         self._changed = threading.Condition()
-        self._newest: PlantReading | None = None
+        self._newest: PlantReading | None = None  # not yet received by the caller
+        self._latest: PlantReading | None = None  # received by the caller or not
         self._last = -1
+        self._sent: _Sent | None = None
         self._failure: LinkError | None = None
 
     def receive(self, timeout: float) -> PlantReading | None:
@@ -109,19 +129,58 @@ class Link(Closing, ABC):
                 raise self._failure
             return reading
 
-    @abstractmethod
+    def check(self) -> None:
+        """Raise the `LinkError` of a broken link."""
+        if self._failure is not None:
+            raise self._failure
+
     def send(self, action: Float32[np.ndarray, "A"], *, kind: str = "agent", answers: int = -1) -> None:
-        """Send an action.
+        """Send an action, clipped to the plant's bounds.
 
         `answers` is the sequence number of the observation that the action is for. The plant logs `kind` and `answers`.
 
         Raises:
             LinkError: the link is broken.
+            DataError: the action has the wrong size or is not finite.
         """
+        self.check()
+        values = self.action.clip(action)
+        self._send(values, kind, answers)
+        with self._changed:
+            number, began = self._period()
+            self._sent = _Sent(values=values, number=number, until=began + 2 / self.rate)
 
-    @abstractmethod
+    def applied(self) -> Float32[np.ndarray, "A"] | None:
+        """Return the action that the plant is applying: the last one that was sent, or the plant's own safe action.
+
+        A plant applies its safe action until the first action arrives, during a reset, and when an action is older than
+        the end of the period after its own. None: no action was sent, and the safe action is not known.
+        """
+        with self._changed:
+            sent, latest = self._sent, self._latest
+            if sent is None or self.safe_action is None:
+                return self.safe_action if sent is None else sent.values
+            now = time.monotonic()
+            lapsed = now > sent.until
+            if latest is not None:
+                # Earlier observations can be from before the action arrived.
+                lapsed |= latest.safe and latest.sequence >= sent.number + 2
+                lapsed |= now > latest.arrived + 2 / self.rate
+            return self.safe_action if lapsed else sent.values
+
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> None:
         """Request a new episode. The first observation of the episode follows once the plant is ready."""
+        self._reset(seed, options)
+        with self._changed:
+            self._sent = None  # the plant applies its safe action
+
+    @abstractmethod
+    def _send(self, values: Float32[np.ndarray, "A"], kind: str, answers: int) -> None:
+        """Send an action within the plant's bounds; see `send`."""
+
+    @abstractmethod
+    def _reset(self, seed: int | None, options: Mapping[str, Any] | None) -> None:
+        """Request a new episode; see `reset`."""
 
     def close(self) -> None:
         """Close the link; the plant applies its own safe action."""
@@ -136,7 +195,7 @@ class Link(Closing, ABC):
             self.counts["received"] += 1
             self.counts["lost"] += reading.sequence - self._last - 1 if self._last >= 0 else 0
             self.counts["unread"] += self._newest is not None
-            self._last, self._newest = reading.sequence, reading
+            self._last, self._newest, self._latest = reading.sequence, reading, reading
             self._changed.notify_all()
 
     def _fail(self, failure: LinkError) -> None:
@@ -144,10 +203,13 @@ class Link(Closing, ABC):
             self._failure = self._failure or failure
             self._changed.notify_all()
 
-    def _checked(self, action: np.ndarray) -> Float32[np.ndarray, "A"]:
-        if self._failure is not None:
-            raise self._failure
-        return self.action.clip(action)
+    def _period(self) -> tuple[int, float]:
+        """Return the number and the beginning of the plant's current period, by this machine's clock."""
+        now = time.monotonic()
+        if self._latest is None:
+            return self._last, now
+        since = int((now - self._latest.arrived) * self.rate)
+        return self._latest.sequence + since, self._latest.arrived + since / self.rate
 
 
 class CallbackLink(Link):
@@ -169,21 +231,25 @@ class CallbackLink(Link):
         reset: Callable[[int | None], object] | None = None,
     ) -> None:
         super().__init__(observation, action, rate)
-        self._read, self._write, self._reset = read, write, reset
+        self._read, self._write, self._begin = read, write, reset
         self._episode = 0
         self._writing = threading.Lock()
         threading.Thread(target=self._listen, name="worldloom-callback-link", daemon=True).start()
 
-    def send(self, action: Float32[np.ndarray, "A"], *, kind: str = "agent", answers: int = -1) -> None:
-        """Call `write`; see `Link`."""
-        values = self._checked(action)
+    def _send(self, values: Float32[np.ndarray, "A"], kind: str, answers: int) -> None:
+        """Call `write`."""
         with self._writing:
-            self._write(values)
+            try:
+                self._write(values.copy())  # `write` may change its argument
+            except Exception as error:
+                raise LinkError(
+                    f"the function 'write' raised {type(error).__name__}: {error}. Repair 'write'"
+                ) from error
 
-    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> None:
+    def _reset(self, seed: int | None, options: Mapping[str, Any] | None) -> None:
         """Call the reset function, if there is one, with the seed; `options` are ignored."""
-        if self._reset is not None:
-            self._reset(seed)
+        if self._begin is not None:
+            self._begin(seed)
         with self._changed:
             self._newest = None
             self._episode += 1
@@ -204,7 +270,7 @@ class CallbackLink(Link):
                 number = sequence + 1
             except LinkError as error:
                 self._fail(error)
-            except Exception as error:  # any error of the user's function is raised by the next `receive`
+            except BaseException as error:  # also an exit: the next `receive` raises it
                 self._fail(LinkError(f"the function 'read' raised {type(error).__name__}: {error}. Repair 'read'"))
 
 
@@ -226,16 +292,18 @@ class SocketLink(Link):
             self._connection.send(WireMessage(type="hello", fields={"version": VERSION, "role": "agent"}))
             self.hello = self._greeting(connect_timeout)
             _check_size(ObservationSpec.from_json(self.hello["observation"]))
+            action = ActionSpec.from_json(self.hello["action"])
             super().__init__(
                 ObservationSpec.from_json(self.hello["observation"]),
-                ActionSpec.from_json(self.hello["action"]),
+                action,
                 float(self.hello["rate"]),
+                _safe_action(self.hello.get("safe_action"), action),
             )
-        except (KeyError, TypeError, ValueError, IndexError, DataError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError, DataError) as error:
             self._connection.close()
             raise LinkError(
-                f"the greeting of the plant at {address} has no valid observation, action and rate ({error!r}). "
-                f"Correct the greeting as described in docs/deploy.md"
+                f"the greeting of the plant at {address} has no valid observation, action, rate and safe action "
+                f"({error!r}). Correct the greeting as described in docs/deploy.md"
             ) from error
         except LinkError:
             self._connection.close()
@@ -246,18 +314,16 @@ class SocketLink(Link):
         self._thread = threading.Thread(target=self._listen, name="worldloom-socket-link", daemon=True)
         self._thread.start()
 
-    def send(self, action: Float32[np.ndarray, "A"], *, kind: str = "agent", answers: int = -1) -> None:
-        """Send an action; see `Link`."""
-        values = self._checked(action)
+    def _send(self, values: Float32[np.ndarray, "A"], kind: str, answers: int) -> None:
+        """Send an action."""
+        timeout = min(1 / self.rate, self._silence)
         with self._numbering:
             fields = {"sequence": self._sequence, "time": time.monotonic(), "kind": kind, "answers": answers}
             self._sequence += 1
-            self._connection.send(
-                WireMessage(type="action", fields=fields, arrays={"action": values}), timeout=1 / self.rate
-            )
+            self._connection.send(WireMessage(type="action", fields=fields, arrays={"action": values}), timeout=timeout)
 
-    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> None:
-        """Request a new episode; see `Link`."""
+    def _reset(self, seed: int | None, options: Mapping[str, Any] | None) -> None:
+        """Request a new episode."""
         with self._changed:
             self._awaited += 1
             self._newest = None
@@ -313,6 +379,9 @@ class SocketLink(Link):
                     raise LinkError("the plant ended the session; start the plant again")
         except LinkError as error:
             self._fail(error)
+        except BaseException as error:  # without this thread, the link would be silent
+            self._fail(LinkError(f"the link raised {type(error).__name__}: {error}. Open a new link"))
+            raise
         finally:
             self._connection.close()
 
@@ -355,6 +424,17 @@ def _check_size(observation: ObservationSpec) -> None:
     size = 4 * observation.vector + (0 if observation.pixels is None else math.prod(observation.pixels))
     if size > BODY_LIMIT:
         raise DataError(f"an observation has {size:,} bytes; a message has at most {BODY_LIMIT:,}")
+
+
+def _safe_action(stated: Any, action: ActionSpec) -> Float32[np.ndarray, "A"] | None:
+    """Return the safe action that a plant states in its greeting; None if it states none."""
+    if stated is None:
+        return None
+    with np.errstate(over="ignore"):
+        values = np.array(stated, np.float32)
+    if values.shape != (action.size,) or not np.isfinite(values).all():
+        raise ValueError(f"the safe action {str(stated)[:200]} does not have {action.size} finite values")
+    return values
 
 
 def greeting(

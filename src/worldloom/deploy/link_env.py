@@ -26,7 +26,7 @@ class LinkEnv(gymnasium.Env[Any, np.ndarray]):
     to ask an operator), then requests a new episode and waits up to `reset_timeout` seconds for the first observation.
 
     Raises:
-        LinkError: the link is broken, or no observation arrives within `timeout` seconds.
+        LinkError: the link is broken, or no observation arrives within `timeout` seconds and two periods.
         ConfigError: both `address` and `link` are set, or neither.
     """
 
@@ -50,7 +50,8 @@ class LinkEnv(gymnasium.Env[Any, np.ndarray]):
         self.observation_space = observation_space(self.link.observation)
         self.action_space = action_space(self.link.action)
         self.render_mode = render_mode
-        self._timeout, self._reset_timeout, self._on_reset = timeout, reset_timeout, on_reset
+        self._timeout = max(timeout, 2 / self.link.rate)
+        self._reset_timeout, self._on_reset = reset_timeout, on_reset
         self._last: PlantReading | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -72,6 +73,10 @@ class LinkEnv(gymnasium.Env[Any, np.ndarray]):
         self.link.send(values.astype(np.float32).reshape(-1), kind="environment", answers=answers)
         observation, info = self._next(self._timeout)
         return observation, 0.0, False, False, info
+
+    def applied(self) -> np.ndarray | None:
+        """Return the action that the plant is applying; see `Link.applied`."""
+        return self.link.applied()
 
     def render(self) -> Any:
         """Return the pixels of the last observation."""

@@ -1,7 +1,8 @@
-"""The lobby of a plant: several agents may connect, and the first one that sends a valid greeting is served."""
+"""The lobby of a plant: several agents may connect, and one of those that sent a valid greeting is served."""
 
 import contextlib
 import logging
+import random
 import select
 import socket
 import threading
@@ -14,7 +15,7 @@ from worldloom.deploy.sparing_log import SparingLog
 from worldloom.deploy.wire import VERSION, Connection, LinkError, WireMessage
 
 _log = logging.getLogger(__name__)
-_WAITING = 8  # connections at a time, besides the agent that is served
+_WAITING = 64  # connections at a time, besides the agent that is served
 _BODY = 64 * 1024  # bytes; an agent sends only actions
 _TICK = 0.05  # seconds
 _PATIENCE = 0.25  # seconds until the plant greets a silent connection first
@@ -31,11 +32,12 @@ class _Guest:
 class Lobby(Closing):
     """Accepts connections in its own thread, and waits for the greetings of all of them at once.
 
-    While no agent is served, the first agent whose greeting arrives gets the plant's greeting, and is served next. Some
+    While no agent is served, an agent whose greeting has arrived gets the plant's greeting, and is served next. If
+    several wait, one of them is chosen at random, because agents that connect again and again would fill a queue. Some
     agents wait for the plant's greeting before they send their own. Therefore a connection that is silent for a quarter
     of a second gets the plant's greeting first. It is closed if its own greeting does not arrive within `silence`
-    seconds, or if another agent is served. All other connections wait. At most eight connections wait: a new connection
-    replaces the oldest one without a greeting. If all eight have sent a greeting, the new connection is closed.
+    seconds, or if another agent is served. All other connections wait. At most 64 connections wait: a new connection
+    replaces the oldest one without a greeting. If all 64 have sent a greeting, the new connection is closed.
     """
 
     def __init__(self, listener: socket.socket, greeting: WireMessage, *, silence: float) -> None:
@@ -52,7 +54,7 @@ class Lobby(Closing):
     def next(self, timeout: float) -> Connection | None:
         """Return the connection of the next agent, after both greetings, or None after `timeout` seconds."""
         with self._changed:
-            self._free = True
+            self._free = self._chosen is None
             self._changed.wait_for(lambda: self._chosen is not None, timeout)
             guest, self._chosen = self._chosen, None
             return None if guest is None else guest.connection
@@ -93,9 +95,11 @@ class Lobby(Closing):
                 self._guarded(guest, self._greet)
             elif guest.greeted is not None and now - guest.greeted > self._silence:
                 self._drop(guest, f"no greeting of version {VERSION} came within {self._silence:g} s")
-        ready = next((guest for guest in self._guests if guest.ready), None)
-        if self._free and ready is not None:
-            self._guarded(ready, self._choose)
+        for guest in [guest for guest in self._guests if guest.ready and guest.connection.left]:
+            self._drop(guest, "the agent left before it was served")
+        ready = [guest for guest in self._guests if guest.ready]
+        if self._free and ready:
+            self._guarded(random.choice(ready), self._choose)
 
     def _choose(self, guest: _Guest) -> None:
         if guest.greeted is None:
@@ -145,6 +149,8 @@ class Lobby(Closing):
             self._guests.remove(guest)
         if tell:
             with contextlib.suppress(LinkError):
-                guest.connection.send(WireMessage(type="error", fields={"message": f"{why}; connect again"}), timeout=0)
+                guest.connection.send(
+                    WireMessage(type="error", fields={"message": f"{why}; connect again"}), timeout=0.0
+                )
         guest.connection.close()
         self._said.log(logging.WARNING, "a connection to the plant was closed: %s", why)

@@ -28,6 +28,7 @@ _ROUTINE, _SAFETY = 10_000, 100_000  # entries of the log that are kept
 _KINDS = frozenset({"agent", "late", "safe", "watchdog", "environment"})
 _MESSAGES = 20, 100  # an agent may send 20 messages in each period, and 100 per second in any case
 _SEEDS = 2**63
+_TICK = 0.25  # seconds between two looks at `stop`, while nothing else happens
 _OWN_FAULT = "the plant's own code raised an error; the session ends with the safe action"
 
 
@@ -71,7 +72,7 @@ class PlantServer:
 
     If `read`, `write` or `reset` raises an error, the server applies the safe action, logs the error, tells the agent
     and ends the session; then it serves the next agent. If another agent waits, an agent that has sent no action
-    for `idle` seconds is disconnected.
+    for `idle` seconds, or for two periods if they are longer, is disconnected.
 
     Raises:
         DataError: the safe action has the wrong size, is not finite, or is out of bounds; or the rate or a time is not
@@ -110,11 +111,12 @@ class PlantServer:
                 f"'safe_action' must lie within the action's bounds, {action.low} to {action.high}; got {safe_action}. "
                 f"Correct the values"
             )
-        self._name, self._silence, self._idle = name, silence, idle
+        self._name, self._silence, self._idle = name, silence, max(idle, 2 / rate)
         self._said, self._unsafe = SparingLog(_log), SparingLog(_log)
         self._acted = 0.0  # the time of the last action or of the beginning of the episode
         self.log = PlantLog()
         self._stop = threading.Event()
+        self._woken = threading.Event()  # by the listening thread, when a reset has arrived or the session has ended
         self._applying = threading.Lock()
         self._safe = True
         self._overdue: deque[int] = deque(maxlen=64)  # observations answered too late, not yet reported to the agent
@@ -130,7 +132,7 @@ class PlantServer:
         self.address = str(place)
 
     def stop(self) -> None:
-        """End `serve` within one period. Signal handlers and other threads can call this."""
+        """End `serve` soon, also within a long period. Signal handlers and other threads can call this."""
         self._stop.set()
 
     def serve(self) -> PlantLog:
@@ -197,20 +199,30 @@ class PlantServer:
 
     def _run(self, connection: Connection, ended: list[LinkError], lobby: Lobby) -> None:
         start, period, count = time.monotonic(), 1 / self._rate, 0
-        while not self._stop.is_set() and not ended:
+        beat = self._silence / 4
+        while not (self._stop.is_set() or ended):
+            self._woken.clear()
             if self._pending_reset is not None and self._begin_episode(connection, ended):
                 start, count = time.monotonic(), 0
             if time.monotonic() - self._acted > self._idle and lobby.waiting:
                 raise LinkError(f"the agent sent no action for {self._idle:g} s while another agent waits")
-            self._observe(connection)
-            count += 1
             now = time.monotonic()
-            behind = int((now - start - count * period) / period) + 1 if now > start + count * period else 0
-            self.log.late += behind
-            count += behind
-            # In two steps, because a sleep can end a millisecond late when other programs run.
-            self._stop.wait(max(0.0, start + count * period - time.monotonic() - 0.002))
-            time.sleep(max(0.0, start + count * period - time.monotonic()))
+            if now >= start + count * period:
+                self._observe(connection)
+                count += 1
+                now = time.monotonic()
+                behind = int((now - start - count * period) / period) + 1 if now > start + count * period else 0
+                self.log.late += behind
+                count += behind
+            elif now - connection.sent >= beat:
+                connection.send(_heartbeat(now), timeout=self._silence)
+            self._wait_until(min(start + count * period, now + min(beat, _TICK)))
+
+    def _wait_until(self, moment: float) -> None:
+        """Wait until a time, or until the listening thread wakes this thread."""
+        # In two steps, because a sleep can end a millisecond late when other programs run.
+        if not self._woken.wait(max(0.0, moment - time.monotonic() - 0.002)):
+            time.sleep(max(0.0, moment - time.monotonic()))
 
     def _observe(self, connection: Connection) -> None:
         reading = self._read()
@@ -241,7 +253,7 @@ class PlantServer:
         def beat() -> None:
             while not done.wait(self._silence / 4) and not ended:
                 try:
-                    connection.send(WireMessage(type="heartbeat", fields={"time": time.monotonic()}))
+                    connection.send(_heartbeat(time.monotonic()))
                 except LinkError:
                     return  # the listening thread also gets this error
 
@@ -303,13 +315,15 @@ class PlantServer:
                         self._acting = None  # until the reset has ended
                         self._resets += 1
                         self._pending_reset = (seed, self._resets)
+                    self._woken.set()
                 elif message.type == "bye":
                     self._apply_safe()
                     ended.append(LinkError("the agent ended the session"))
+                    self._woken.set()
                     return
         except LinkError as error:
             failure = error
-        except Exception as error:
+        except BaseException as error:  # also an exit in `write`
             self._said.log(logging.ERROR, "%s", _OWN_FAULT, trace=True)
             failure = _own_fault(error)
         else:
@@ -319,6 +333,7 @@ class PlantServer:
         self._apply_safe()  # at once, not at the end of the period
         self._tell(connection, failure)
         ended.append(failure)
+        self._woken.set()
 
     def _act(self, message: WireMessage, session: list[LinkError]) -> None:
         now = time.monotonic()
@@ -375,10 +390,12 @@ class PlantServer:
             try:
                 self._write(self._safe_action.copy())  # `write` may change its argument
                 self._safe = True
-            except Exception:  # the watchdog must go on, so that it tries again in the next period
+            except BaseException as error:  # the watchdog must go on, so that it tries again in the next period
                 self._safe = False
                 self.log.failed += 1
                 self._unsafe.log(logging.ERROR, "the safe action could not be applied", trace=True)
+                if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                    raise
 
 
 def _answers(message: WireMessage) -> int:
@@ -387,5 +404,9 @@ def _answers(message: WireMessage) -> int:
     return answers if type(answers) is int and abs(answers) < 2**53 else -1
 
 
-def _own_fault(error: Exception) -> LinkError:
+def _heartbeat(now: float) -> WireMessage:
+    return WireMessage(type="heartbeat", fields={"time": now})
+
+
+def _own_fault(error: BaseException) -> LinkError:
     return LinkError(f"the plant's own code raised {type(error).__name__}: {error}. Repair the plant's code")

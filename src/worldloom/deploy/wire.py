@@ -31,6 +31,7 @@ BODY_LIMIT = 32 * 1024 * 1024
 _PREFIX = struct.Struct("!4sHHII")
 _DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("u1"), "float32": np.dtype("<f4")}
 _AXES = 8
+_LEFT = getattr(select, "POLLRDHUP", 0) | select.POLLHUP  # the first is Linux's, for data that is still unread
 
 
 class LinkError(EnvironmentFailure):
@@ -188,6 +189,13 @@ class Connection:
             LinkError: see `receive`.
         """
         return self.receive(0.0)
+
+    @property
+    def left(self) -> bool:
+        """Whether the other side has closed the connection; messages that it sent before can still be received."""
+        poll = select.poll()
+        poll.register(self._socket, _LEFT)
+        return bool(poll.poll(0))
 
     def fileno(self) -> int:
         """Return the file descriptor of the socket, for `select`; -1 if it is closed."""

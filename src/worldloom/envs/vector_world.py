@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import concatenate, create_empty_array, iterate
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from worldloom.core.closing import Closing
 from worldloom.core.errors import ConfigError, EnvironmentFailure
@@ -17,6 +17,9 @@ from worldloom.core.picture_layout import PictureOptions
 from worldloom.core.registry import nearest
 from worldloom.core.types import Observations
 from worldloom.envs.spaces import ActionAdapter, ObservationAdapter, make_vector_env
+
+# Returns the nearest action that may follow the action that a plant is applying; see `Actor.limited`.
+Limited = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
 # Returns the beginning of an error message: the episode and step of one environment, or of all environments for None.
 Where = Callable[[int | None], str]
@@ -192,17 +195,46 @@ class VectorWorld(Closing):
         batch = self._call(lambda: concatenate(space, observations, batch))
         return self._frame(batch, infos, frame.rows, frame.terminated, frame.over)
 
-    def step(self, actions: np.ndarray, rows: Int64[np.ndarray, "R"], *, by: str = "") -> Frame:
+    def applied(self) -> Float32[np.ndarray, "A"] | None:
+        """Return the action that a plant is applying now; None for simulators, and for plants that do not say it.
+
+        A plant applies its own safe action at first, during a reset, and after a period without an action. Its
+        environment says so with a method `applied`.
+
+        Raises:
+            EnvironmentFailure: the environment returns something else than one action.
+        """
+        if self.simulator is not False or self.size != 1 or not isinstance(self._envs, SyncVectorEnv):
+            return None
+        asked = getattr(self._envs.envs[0].unwrapped, "applied", None)
+        given = None if asked is None else self._call(asked)
+        if given is None:
+            return None
+        values = np.asarray(given, np.float32)
+        if values.shape != (self.action.size,) or not np.isfinite(values).all():
+            raise EnvironmentFailure(
+                f"{self._where(None)}'applied' of environment {self.id!r} returned {given!r}; expected "
+                f"{self.action.size} finite values or None. Repair the environment"
+            )
+        return values
+
+    def step(
+        self, actions: np.ndarray, rows: Int64[np.ndarray, "R"], *, by: str = "", limited: Limited | None = None
+    ) -> Frame:
         """Apply `actions` (size, A), one in each environment, and return the frames of the environments `rows`.
 
-        Messages about a wrong action begin with `by`, the source of the actions.
+        Messages about a wrong action begin with `by`, the source of the actions. `limited` corrects an action that
+        follows another one than its source knows, because a plant applied its own safe action in between.
 
         Raises:
             DataError: an action is not finite or out of bounds.
             EnvironmentFailure: the environment raised, or returned values that its space does not allow.
         """
         self.steps += 1
-        converted = self._convert(actions, where=f"{by}{self._where(None)}")
+        where = f"{by}{self._where(None)}"
+        converted = self._convert(actions, where=where)
+        if limited is not None and (applied := self.applied()) is not None:
+            converted = self._convert(limited(actions[0], applied)[None], where=where)
         if self._autoreset is AutoresetMode.DISABLED and self._stale.any():
             # Environments whose episodes have ended must be reset, because the batch is stepped as a whole.
             self._call(lambda: self._envs.reset(options={"reset_mask": self._stale}))

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float64
 
 from worldloom.core.errors import ConfigError, EnvironmentFailure
-from worldloom.core.seams import Policy
+from worldloom.core.seams import Policy, SafePolicy
 from worldloom.core.seeds import derive_seed
 from worldloom.core.types import Goal, Observations
 from worldloom.envs import Frame, VectorWorld
 from worldloom.evaluation.protocol import Protocol
-from worldloom.evaluation.world import naming
+from worldloom.evaluation.world import naming, tell_applied
 
 _CANDIDATES = 20  # maximum number of seeds tried per logged goal
 
@@ -74,7 +74,7 @@ def draw_tasks(
     first: int,
     where: str,
     *,
-    guard: Callable[[Policy], Policy] | None = None,
+    guard: Callable[[Policy], SafePolicy] | None = None,
 ) -> tuple[Tasks, int]:
     """Draw one start and goal per environment in `world`, from episode index `first` on.
 
@@ -144,7 +144,7 @@ def _logged_tasks(
     world: VectorWorld,
     first: int,
     where: str,
-    guard: Callable[[Policy], Policy] | None,
+    guard: Callable[[Policy], SafePolicy] | None,
 ) -> tuple[Tasks, int]:
     drawn: list[_Drawn] = []
     index = first
@@ -199,14 +199,15 @@ def _follow_policy(
     world: VectorWorld,
     first: int,
     where: str,
-    guard: Callable[[Policy], Policy] | None,
+    guard: Callable[[Policy], SafePolicy] | None,
 ) -> Iterator[_Drawn | None]:
     """Run the logging policy for one episode per environment; yield None for episodes that ended before the goal."""
     from worldloom.data import POLICIES
 
     seeds = [protocol.episode_seed(split, first + row) for row in range(world.size)]
     policy: Policy = POLICIES[protocol.policy](world.action, **protocol.policy_options)
-    policy = policy if guard is None else guard(policy)
+    safe = None if guard is None else guard(policy)
+    policy = policy if safe is None else safe
     policy.reset([goal_policy_generator(seed) for seed in seeds])
     offset = protocol.splits[split].goal_offset
     assert offset is not None
@@ -229,9 +230,11 @@ def _follow_policy(
         running &= ~frame.over & (step < begins + offset)
         if not running.any():
             break
+        if safe is not None:
+            tell_applied(world, safe.resume)
         actions = policy.act(frame.observations)
         taken.append(actions)
-        frame = world.step(actions, everyone)
+        frame = world.step(actions, everyone, limited=None if safe is None else safe.limited)
     for row, seed in enumerate(seeds):
         start, goal = starts[row], goals[row]
         if start is None or goal is None:

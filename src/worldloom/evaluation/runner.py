@@ -19,7 +19,7 @@ from worldloom.envs import Frame, VectorWorld
 from worldloom.evaluation import protocol as protocols
 from worldloom.evaluation.goals import Tasks, draw_tasks, measured
 from worldloom.evaluation.results import EpisodeResult, Latency, Recording, Results, Row
-from worldloom.evaluation.world import ActingRules, Worlds
+from worldloom.evaluation.world import ActingRules, Worlds, tell_applied
 
 _log = logging.getLogger(__name__)
 _RECORDING_BYTES = 256 * 2**20  # limit on the frames in memory while a batch runs; only a few episodes are kept
@@ -162,7 +162,9 @@ def _explore(
     frame = tasks.begin(meanwhile, split, world, f"{where}, exploring")
     explorer = agent.explorer()
     for _ in range(steps):
-        frame = world.step(explorer.act(frame.observations).detach().cpu().numpy(), frame.rows)
+        tell_applied(world, explorer.resume)
+        actions = explorer.act(frame.observations).detach().cpu().numpy()
+        frame = world.step(actions, frame.rows, limited=explorer.limited)
         if task is not None:
             task.advance(len(frame.rows))
 
@@ -238,10 +240,11 @@ class _MethodRun:
                 break
             if step % skip == 0:
                 observations = audience.sees(frame)
+                tell_applied(world, self.agent.resume)
                 with self._clock.decision(len(frame.rows) if self.agent.narrows else size):
                     chosen = self.agent.act(observations)
                 actions[frame.rows] = chosen.detach().cpu().numpy()[audience.places(frame)]
-            frame = world.step(actions, frame.rows)
+            frame = world.step(actions, frame.rows, limited=self.agent.limited)
             step += 1
         self._keep(film, tasks, ended)
         self.episodes.extend(ended[row] for row in range(size))

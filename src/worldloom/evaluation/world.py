@@ -3,9 +3,13 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from worldloom.core.closing import Closing
 from worldloom.core.errors import ConfigError
-from worldloom.core.seams import Policy
+from worldloom.core.seams import Policy, SafePolicy
 from worldloom.envs import VectorWorld, Where
 from worldloom.evaluation.protocol import Protocol
 
@@ -24,7 +28,7 @@ class ActingRules:
 
     methods: Collection[str]
     chosen: Collection[str] = ()
-    guard: Callable[[Policy], Policy]
+    guard: Callable[[Policy], SafePolicy]
     simulator: bool = False
 
 
@@ -118,6 +122,15 @@ def open_world(protocol: Protocol, size: int) -> VectorWorld:
     return VectorWorld(
         protocol.env_id, size, protocol.env_kwargs, native=not protocol.replays, pictures=protocol.pictures
     )
+
+
+def tell_applied(world: VectorWorld, resume: Callable[[Float[Tensor, "B A"]], None]) -> None:
+    """Tell what acts on a plant which action the plant is applying, because it may have replaced the last one.
+
+    `resume` is the method of an `Actor` or a `SafePolicy`; on a simulator it is not called.
+    """
+    if (applied := world.applied()) is not None:
+        resume(torch.from_numpy(applied)[None])
 
 
 def naming(world: VectorWorld, seeds: Sequence[int], where: str) -> Where:

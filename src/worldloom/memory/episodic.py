@@ -488,7 +488,7 @@ def open_records(path: Path) -> Any:
         raise StorageError(f"there is no memory at {path}; check the path, or let an agent create one") from None
 
 
-def write_lock(path: Path) -> AbstractContextManager[None]:
+def write_lock(path: Path) -> AbstractContextManager[object]:
     """Lock the memory at `path` for one writer."""
     other = StorageError(
         f"another process writes to the memory {path}; wait until that process ends, open the memory for reading, or "

@@ -12,7 +12,7 @@ import worldloom
 from worldloom.agents import AgentParts, AuditLog, MethodConfig, PlanMethod, PlannedMethod
 from worldloom.core.errors import ConfigError
 from worldloom.core.hardware import choosable_threads, fastest_threads, time_threads, use_threads
-from worldloom.core.seams import Agent, Policy
+from worldloom.core.seams import Agent, Policy, SafePolicy
 from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import ActingRules
 from worldloom.guardrails import Margins, RuleSet
@@ -94,7 +94,7 @@ class Session:
             return None
         methods = self.run.recipe.methods
 
-        def guard(policy: Policy) -> Policy:
+        def guard(policy: Policy) -> SafePolicy:
             able = [guarding] if guarding is not None else [methods[self.run.recipe.default_method], *methods.values()]
             method = next((each for each in able if isinstance(each, PlannedMethod) and each.guarded), None)
             if method is None:

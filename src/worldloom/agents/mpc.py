@@ -144,7 +144,7 @@ class PlanningAgent(Agent):
 
     @property
     def followed(self) -> tuple[int, bool]:
-        """The index of the last block that the agent executes before it plans again, and whether it completes it."""
+        """The index of the last block that is begun before the agent plans again, and whether it is executed whole."""
         return self._into(self._replan)
 
     @property

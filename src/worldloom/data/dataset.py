@@ -441,7 +441,8 @@ class EpisodeDataset:
                 wrong = np.flatnonzero((part != digests[first : first + 1024]).any(axis=1))
                 if len(wrong):
                     raise DataError(
-                        f"frame {first + wrong[0]} is not the frame that {self._location} contains (its digest differs)"
+                        f"frame {first + wrong[0]} of the given pixels is not the frame of {self._location} "
+                        f"(the digests differ)"
                     )
                 task.advance(len(part))
 

@@ -21,9 +21,9 @@ class HierarchyConfig(Config):
 
     If the fast model's plan does not come within `arrival` of the goal, the agent follows coarser model number `depth`
     (0: never). With `depth=None`, the agent chooses the model at each decision. It then follows a coarser model only
-    under two conditions. First, the smallest distance to the goal along that model's plan is below `ratio` times the
-    smallest distance along the plan of the model chosen so far (at first, the fast model). Second, the plan of each
-    finer model comes within `arrival` of the first state of the next coarser plan.
+    under two conditions. First, its plan passes closer to the goal: the smallest distance is below `ratio` times that
+    of the model chosen so far (at first, the fast model). Second, the plan of each finer model comes within `arrival`
+    of the first state of the next coarser plan.
     """
 
     depth: int | None = Field(default=None, ge=0)

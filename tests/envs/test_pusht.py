@@ -10,9 +10,11 @@ import worldloom.envs  # noqa: F401 - registers the worlds
 from worldloom.core.errors import EnvironmentFailure
 from worldloom.core.types import ActionSpec, Observations
 from worldloom.data import POLICIES
+from worldloom.envs.pusht import PushTEnv
 from worldloom.envs.spaces import make_vector_env
 
 pytest.importorskip("gym_pusht")
+pygame = pytest.importorskip("pygame")
 
 ACTION = ActionSpec(low=(-1.0, -1.0), high=(1.0, 1.0))
 DISC, BLOCK = (65, 105, 225), (119, 136, 153)
@@ -102,6 +104,15 @@ def test_a_picture_of_another_size() -> None:
     env.close()
     with pytest.raises(EnvironmentFailure, match="must be 8 to 512"):
         gymnasium.make("worldloom/PushT-v0", size=4)
+
+
+def test_the_frame_is_the_area_average_of_the_drawn_table() -> None:
+    env = gymnasium.make("worldloom/PushT-v0").unwrapped
+    frame = env.reset(seed=3)[0]
+    assert isinstance(env, PushTEnv)
+    table = pygame.surfarray.array3d(env._surface).transpose(1, 0, 2).astype(float)
+    np.testing.assert_allclose(frame, table.reshape(64, 8, 64, 8, 3).mean(axis=(1, 3)), atol=0.5)
+    env.close()
 
 
 def test_without_its_physics_the_world_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@
 For each number of neighbours, that many processes keep a core busy. The modes (each fixed number of threads, and
 "chosen", which measures first) take turns within one process. A rate is work divided by the complete time, including
 the measuring. `share` is the chosen mode's rate divided by that of the best fixed number, over all repeats; the target
-is at least 0.8. Prints one JSON line per number of neighbours and kind of work.
+is at least 0.8. A fixed number of threads that is less than half as fast as the best one in a tenth of the work is not
+measured longer, because beside many neighbours it would take hours. Prints one JSON line per number of neighbours and
+kind of work, and writes all lines to results/busy.jsonl.
 """
 
 import argparse
@@ -14,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +35,7 @@ from worldloom.planning.solvers import CEM
 from worldloom.training import RunFolder, TrainingConfig, fit
 
 CHOSEN = "chosen"
+OUT = Path(__file__).parent / "results" / "busy.jsonl"
 ENVIRONMENTS, HORIZON = 8, 6  # of the plans that `fast_planning` measures
 
 
@@ -73,6 +77,29 @@ def plan(model: JEPA, plans: int, threads: int) -> tuple[float, int]:
     return plans / (time.perf_counter() - start), threads
 
 
+def measure(
+    work: Callable[[int, int], tuple[float, int]], amount: int, fixed: list[int], repeats: int
+) -> dict[str, Any]:
+    """Let the modes take turns; return their rates, the share and the numbers of threads that were chosen."""
+    tried = {threads: work(amount // 10, threads)[0] for threads in fixed}
+    slow = {threads: rate for threads, rate in tried.items() if rate < 0.5 * max(tried.values())}
+    spent: dict[str, list[float]] = {str(threads): [1 / rate] for threads, rate in slow.items()}
+    used: list[int] = []
+    for _ in range(repeats):
+        for threads in (0, *(each for each in fixed if each not in slow)):
+            rate, number = work(amount, threads)
+            spent.setdefault(str(threads or CHOSEN), []).append(1 / rate)
+            used += [] if threads else [number]
+    rates = {mode: len(times) / sum(times) for mode, times in spent.items()}
+    best = max(rate for mode, rate in rates.items() if mode != CHOSEN)
+    return {
+        "rates": {mode: round(rate, 1) for mode, rate in rates.items()},
+        "by_repeat": {mode: [round(1 / time, 1) for time in times] for mode, times in spent.items()},
+        "chosen_threads": used,
+        "share": round(rates[CHOSEN] / best, 3),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--neighbours", type=int, nargs="+", default=[0, 1, 2, 4])
@@ -80,38 +107,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--plans", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     torch.set_num_threads(max(arguments.threads))
     cache, model = noise_cache(), demo_model()
-    works = {"training": partial(train, cache, arguments.steps), "planning": partial(plan, model, arguments.plans)}
+    works = {
+        "training": (partial(train, cache), arguments.steps, "frames per second"),
+        "planning": (partial(plan, model), arguments.plans, "plans per second"),
+    }
+    lines = []
     for neighbours in arguments.neighbours:
-        for name, work in works.items():
-            spent: dict[str, list[float]] = {}
-            used: list[int] = []
+        for name, (work, amount, unit) in works.items():
             with busy(neighbours):
-                for _ in range(arguments.repeats):
-                    for threads in (0, *arguments.threads):
-                        rate, number = work(threads)
-                        spent.setdefault(str(threads or CHOSEN), []).append(1 / rate)
-                        used += [] if threads else [number]
-            rates = {mode: len(times) / sum(times) for mode, times in spent.items()}
-            best = max(rate for mode, rate in rates.items() if mode != CHOSEN)
-            print(
-                json.dumps(
-                    {
-                        "benchmark": f"busy {name}",
-                        "neighbours": neighbours,
-                        "unit": "frames per second" if name == "training" else "plans per second",
-                        "rates": {mode: round(rate, 1) for mode, rate in rates.items()},
-                        "by_repeat": {mode: [round(1 / time, 1) for time in times] for mode, times in spent.items()},
-                        "chosen_threads": used,
-                        "share": round(rates[CHOSEN] / best, 3),
-                        "repeats": arguments.repeats,
-                        "hardware": describe_hardware(),
-                    }
-                ),
-                flush=True,
+                figures = measure(work, amount, arguments.threads, arguments.repeats)
+            about = {"benchmark": f"busy {name}", "neighbours": neighbours, "unit": unit}
+            lines.append(
+                json.dumps({**about, **figures, "repeats": arguments.repeats, "hardware": describe_hardware()})
             )
+            print(lines[-1], flush=True)
+    arguments.out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

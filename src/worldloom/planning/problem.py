@@ -226,9 +226,10 @@ class PlanningProblem:
 
         For a candidate that satisfies all guardrails, this is its cost. For any other candidate, this is a value above
         `FORBIDDEN` that grows with the violation. With `best`, only the `best` lowest values of each environment are
-        exact: guardrails that depend on predictions judge the cheaper candidates first, and the others only if fewer
-        than `best` of these satisfy all guardrails. `below` has an effect only if S is 1. Guardrails are then evaluated
-        only where the cost is lower than `below`, and only values that are lower than `below` are exact.
+        exact. Guardrails that depend on predictions then judge only the cheapest candidates; they judge more expensive
+        ones only while fewer than `best` candidates satisfy all guardrails. `below` has an effect only if S is 1.
+        Guardrails are then evaluated only where the cost is lower than `below`, and only values that are lower than
+        `below` are exact.
         """
         # Group the environments so that rollouts are scored while they are in the cache.
         chunks = [rows for rows, _ in self._chunks(actions.shape[0], min(actions.shape[1], _CPU_ROWS))]

@@ -20,10 +20,11 @@ class HierarchyConfig(Config):
     """How deep to plan; lengths are in typical steps of the fast model.
 
     If the fast model's plan does not come within `arrival` of the goal, the agent follows coarser model number `depth`
-    (0: never). With `depth=None`, the agent chooses the model at each decision. It then follows a coarser model only
-    under two conditions. First, its plan passes closer to the goal: the smallest distance is below `ratio` times that
-    of the model chosen so far (at first, the fast model). Second, the plan of each finer model comes within `arrival`
-    of the first state of the next coarser plan.
+    (0: never). With `depth=None`, the agent tries the coarser models at each decision, finest first, until the plan of
+    the model chosen so far (at first, the fast model) comes within `arrival` of the goal. It chooses a coarser model
+    only under two conditions. First, the smallest distance of its plan to the goal is below `ratio` times that of the
+    model chosen so far. Second, the finer models can follow it: each finer model plans towards the first state of the
+    next coarser model's plan, and comes within `arrival` of that state.
     """
 
     depth: int | None = Field(default=None, ge=0)

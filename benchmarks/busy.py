@@ -64,13 +64,14 @@ def train(cache: Frames, steps: int, threads: int) -> tuple[float, int]:
 
 def plan(model: JEPA, plans: int, threads: int) -> tuple[float, int]:
     """Plan with a number of threads, 0 for the measured number; return plans per second and the number used."""
-    planner = Planner(model, CEM(), horizon=HORIZON)
+    planner, quick = (Planner(model, solver, horizon=HORIZON) for solver in (CEM(), CEM(iterations=1)))
     generator = torch.Generator().manual_seed(0)
     latents, goal = torch.randn(2, ENVIRONMENTS, model.spec.latent_dim, generator=generator)
     context = Context(latents=latents[:, None], actions=torch.zeros(ENVIRONMENTS, 0, model.spec.block_size))
-    once = partial(planner.plan, context, GoalObjective(LatentL2(STEP_LENGTH), goal), generator=generator)
+    objective = GoalObjective(LatentL2(STEP_LENGTH), goal)
+    once, probe = (partial(each.plan, context, objective, generator=generator) for each in (planner, quick))
     start = time.perf_counter()
-    threads = threads or fastest_threads(time_threads(once, seconds=0.5))
+    threads = threads or fastest_threads(time_threads(probe, seconds=0.5))
     with use_threads(threads):
         for _ in range(plans):
             once()

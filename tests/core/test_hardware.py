@@ -43,7 +43,14 @@ def test_the_fastest_number_is_chosen_and_the_fewest_of_equals(
 
 
 def test_a_number_that_is_far_slower_is_dropped_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(one=0.1, two=4.0)
+    clock = Clock(one=0.1, two=0.6)
+    monkeypatch.setattr(hardware, "time", clock)
+    assert fastest_threads(time_threads(clock.work, seconds=20.0)) == 1
+    assert clock.calls[2] == 1
+
+
+def test_a_number_that_is_slower_in_a_few_calls_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(one=0.1, two=0.4)
     monkeypatch.setattr(hardware, "time", clock)
     assert fastest_threads(time_threads(clock.work, seconds=20.0)) == 1
     assert clock.calls[2] == 2  # one call to warm up, and one that is measured
@@ -56,7 +63,7 @@ def test_the_measurement_ends_soon_if_one_number_is_clearly_fastest(
     clock = Clock(one=one, two=1.0)
     monkeypatch.setattr(hardware, "time", clock)
     time_threads(clock.work, seconds=20.0)
-    assert clock.calls[1:] == [1 + turns, 1 + turns]
+    assert clock.calls[1:] == [2 + turns, 1 + turns]  # with one and with two calls to warm up
 
 
 def test_a_number_that_the_user_chose_is_not_measured() -> None:

@@ -61,8 +61,9 @@ def time_threads(work: Callable[[], object], *, seconds: float = 1.5) -> dict[in
     The result is empty if there is nothing to choose; see `choosable_threads`.
     A round calls `work` once with each number of threads, so that the machine's load affects all of them. The
     measurement takes about `seconds`, or three rounds if these take longer. A number that needs more than three times
-    as long as the fastest is dropped. The measurement ends after three rounds if the slowest call with one number was
-    faster than every call with the other numbers.
+    as long as the fastest is dropped, and one that needs five times as long after its first call: beside other
+    processes, a call with several threads can take a hundred times as long. The measurement ends after three rounds if
+    the slowest call with one number was faster than every call with the other numbers.
     """
     most = choosable_threads()
     if not most:
@@ -77,16 +78,24 @@ def time_threads(work: Callable[[], object], *, seconds: float = 1.5) -> dict[in
             work()
             calls.append(time.perf_counter() - start)
 
+    def keep_within(factor: int) -> None:
+        nonlocal spent
+        best = min(sum(calls) for calls in spent.values())
+        spent = {count: calls for count, calls in spent.items() if sum(calls) <= factor * best}
+
+    with use_threads(1):
+        work()  # the first call allocates memory
     with use_threads(most):
-        turn()  # the first calls allocate memory and start threads
-        for calls in spent.values():
-            calls.clear()
+        turn()  # starts the threads
+        keep_within(5)
+        if len(spent) > 1:
+            for calls in spent.values():
+                calls.clear()
         end = time.perf_counter() + seconds
-        while len(next(iter(spent.values()))) < 3 or time.perf_counter() < end:
+        while len(spent) > 1 and (len(next(iter(spent.values()))) < 3 or time.perf_counter() < end):
             turn()
-            best = min(sum(calls) for calls in spent.values())
-            spent = {count: calls for count, calls in spent.items() if sum(calls) <= 3 * best}
-            if len(spent) == 1 or (len(next(iter(spent.values()))) >= 3 and _one_is_fastest(list(spent.values()))):
+            keep_within(3)
+            if len(next(iter(spent.values()))) >= 3 and _one_is_fastest(list(spent.values())):
                 break
     return {count: sum(calls) / len(calls) for count, calls in spent.items()}
 

@@ -17,6 +17,7 @@ from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import ActingRules
 from worldloom.guardrails import Margins, RuleSet
 from worldloom.memory import EpisodicMemory
+from worldloom.planning.solvers import CEM
 from worldloom.workflow.run import Run
 
 
@@ -152,7 +153,8 @@ def fast_planning(run: Run, environments: int = 8) -> Iterator[None]:
         None if observation.pixels is None else np.zeros((environments, *observation.pixels), np.uint8),
         np.zeros((environments, observation.vector), np.float32) if observation.vector else None,
     )
-    agent = PlanMethod().build(AgentParts(heads=run.heads), seed=0)
+    # One iteration, because beside other processes a plan with several threads can take seconds.
+    agent = PlanMethod(solver=CEM(iterations=1)).build(AgentParts(heads=run.heads), seed=0)
 
     def plan() -> None:
         agent.reset(Goal(observations=blank))

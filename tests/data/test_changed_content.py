@@ -23,7 +23,7 @@ from worldloom.data import (
     stream_frames,
     validate,
 )
-from worldloom.data.layout import BadFrame, compress_frames, decode_frames, digests_of, frame_digests, spec_of
+from worldloom.data.layout import compress_frames, digests_of, frame_digests, spec_of
 
 OLD = Path(__file__).parents[1] / "fixtures" / "formats_v1" / "dataset"
 
@@ -162,26 +162,23 @@ def test_a_dataset_of_version_1_is_read_but_not_appended_to(tmp_path: Path, capl
     assert all(same(copy.episode(index), dataset.episode(index)) for index in range(6))
 
 
-def test_a_frame_is_checked_once_and_again_when_its_compressed_content_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), np.uint8)
-    pixels[:, 2:] = 0  # compresses well
-    frames, digests, checked = compress_frames(pixels), frame_digests(pixels), np.zeros((3, 16), np.uint8)
-    hashed: list[int] = []
-    digest = layout._frame_digest
+def test_a_run_of_frames_is_checked_once_and_again_when_its_content_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, rows = make_dataset(tmp_path / "data"), np.arange(40, 80)
+    pixels, digest, hashed = dataset.pixels(rows), layout._frame_digest, []
+    monkeypatch.setattr(layout, "_frame_digest", lambda content: hashed.append(1) or digest(content))
+    np.testing.assert_array_equal(dataset.pixels(rows), pixels)
+    assert not hashed  # only the compressed content is hashed
+    np.testing.assert_array_equal(dataset.pixels(np.arange(41, 80)), pixels[1:])
+    assert len(hashed) == 39
+    take = dataset._take
 
-    def counted(content: Any) -> bytes:
-        hashed.append(len(memoryview(content)))
-        return digest(content)
+    def other(rows: np.ndarray, columns: list[str]) -> pa.Table:
+        frames = take(rows, columns)["pixels"].to_pylist()
+        frames[7] = frames[8]
+        return pa.table({"pixels": pa.array(frames, pa.large_binary())})
 
-    monkeypatch.setattr(layout, "_frame_digest", counted)
-    out = np.empty_like(pixels)
-    decode_frames(frames, out, digests, checked)
-    assert hashed.count(pixels[0].size) == 3
-    decode_frames(frames, out, digests, checked)
-    assert hashed.count(pixels[0].size) == 3  # the second time, only the compressed content is hashed
-    np.testing.assert_array_equal(out, pixels)
-    other = pixels.copy()
-    other[1, 0, 0] ^= 1
-    with pytest.raises(BadFrame, match="was changed") as caught:
-        decode_frames(compress_frames(other), out, digests, checked)
-    assert caught.value.index == 1
+    monkeypatch.setattr(dataset, "_take", other)
+    with pytest.raises(DataError, match="row 47 was changed"):
+        dataset.pixels(rows)

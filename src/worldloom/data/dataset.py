@@ -151,7 +151,9 @@ class EpisodeDataset:
             )
         self._table, self.starts, self.lengths = table, starts, counts - 1
         self._contents: _Checked | None = None
-        self._decoded: UInt8[np.ndarray, "N 16"] | None = None  # digests of compressed frames that were checked
+        # Runs of rows (first, last) whose decoded frames were checked, with a digest of their compressed content.
+        # Streaming reads the same runs again and again, and then checks only this digest.
+        self._decoded: dict[tuple[int, int], bytes] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -381,17 +383,22 @@ class EpisodeDataset:
     def pixels(self, rows: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W C"]:
         """Return the decoded frames of these rows; repeated rows are read only once.
 
+        Frames are checked against their digests. If the same run of rows was checked before, only its compressed
+        content is compared with the content of that time.
+
         Raises:
             DataError: a frame does not decode, or was changed after it was written.
         """
         unique, inverse = np.unique(rows, return_inverse=True)
         out = layout.empty_frames(len(unique), self._shape(), self._location)
         column = self._take(unique, ["pixels"])["pixels"].combine_chunks()
-        if self._decoded is None:
-            self._decoded = np.zeros((self.frames, layout.FRAME_DIGEST), np.uint8)
-        checked = self._decoded[unique]
-        _decode(column, out, unique, self._location, self._frame_digests()[unique], checked)
-        self._decoded[unique] = checked
+        run, digests = _run_of(unique), self._frame_digests()[unique]
+        if run is None:
+            _decode(column, out, unique, self._location, digests)
+        else:
+            digest = layout.compressed_digest(column)
+            _decode(column, out, unique, self._location, None if self._decoded.get(run) == digest else digests)
+            self._decoded[run] = digest
         return out if len(unique) == len(rows) and np.array_equal(unique, rows) else out[inverse]
 
     def scan_pixels(
@@ -538,16 +545,22 @@ def decode_columns(table: pa.Table, spec: DatasetSpec) -> Columns:
     )
 
 
+def _run_of(rows: Int[np.ndarray, "n"]) -> tuple[int, int] | None:
+    """Return the first and last of these sorted rows if they are a run of several rows, else None."""
+    if len(rows) < 2 or rows[-1] - rows[0] != len(rows) - 1:
+        return None
+    return int(rows[0]), int(rows[-1])
+
+
 def _decode(
     frames: pa.Array,
     out: UInt8[np.ndarray, "n H W C"],
     rows: Int[np.ndarray, "n"],
     path: str,
     digests: UInt8[np.ndarray, "n 16"] | None,
-    checked: UInt8[np.ndarray, "n 16"] | None = None,
 ) -> None:
     try:
-        layout.decode_frames(frames, out, digests, checked)
+        layout.decode_frames(frames, out, digests)
     except layout.BadFrame as error:
         raise DataError(
             f"{path}: the frame in row {rows[error.index]} {error.reason}. Restore the dataset from a copy; 'worldloom "

@@ -255,16 +255,9 @@ def episode_digest(arrays: str, metadata: str) -> str:
 
 
 def decode_frames(
-    frames: pa.Array,
-    out: UInt8[np.ndarray, "n H W C"],
-    digests: UInt8[np.ndarray, "n 16"] | None = None,
-    checked: UInt8[np.ndarray, "n 16"] | None = None,
+    frames: pa.Array, out: UInt8[np.ndarray, "n H W C"], digests: UInt8[np.ndarray, "n 16"] | None = None
 ) -> None:
     """Decompress frames into `out`, and check them against their `digests`, in parallel threads.
-
-    For frames that are decoded again and again, `checked` makes the check cheaper. Each row is the digest of a frame's
-    compressed content once the frame was checked, and zero before. A frame with the same compressed content is not
-    checked again; for the other frames, this function sets the row.
 
     Raises:
         BadFrame: a frame does not decode, has the wrong size, or does not match its digest.
@@ -272,24 +265,17 @@ def decode_frames(
     size = int(np.prod(out.shape[1:]))
     assert out.flags.c_contiguous
     whole = out.reshape(-1).data
-    # Bytes, because comparing arrays would take as long as hashing.
-    known, before = (None if each is None else each.tobytes() for each in (digests, checked))
+    known = None if digests is None else digests.tobytes()  # comparing arrays would take as long as hashing
 
     def decode(rows: range) -> None:
         for index in rows:
-            place, content = whole[index * size : (index + 1) * size], frames[index].as_buffer()
+            place = whole[index * size : (index + 1) * size]
             try:
-                place[:] = _CODEC.decompress(content, size, asbytes=True)
+                place[:] = _CODEC.decompress(frames[index].as_buffer(), size, asbytes=True)
             except (OSError, ValueError) as error:
                 raise BadFrame(index, f"does not decode: expected {size} bytes of zstd ({error})") from error
-            row = slice(index * FRAME_DIGEST, (index + 1) * FRAME_DIGEST)
-            compressed = None if checked is None else _frame_digest(content)
-            if known is None or (before is not None and compressed == before[row]):
-                continue
-            if _frame_digest(place) != known[row]:
+            if known is not None and _frame_digest(place) != known[index * FRAME_DIGEST : (index + 1) * FRAME_DIGEST]:
                 raise BadFrame(index, "was changed after it was written: its digest does not match")
-            if checked is not None and compressed is not None:
-                checked[index] = np.frombuffer(compressed, np.uint8)
 
     _in_threads(decode, len(out))
 
@@ -319,6 +305,15 @@ def empty_frames(count: int, shape: tuple[int, int, int], path: str) -> UInt8[np
             f"{path}: {count} frames of shape {shape} do not fit into memory ({error}). Stream the dataset "
             f"(data.mode=stream), or use smaller frames"
         ) from error
+
+
+def compressed_digest(frames: pa.LargeBinaryArray) -> bytes:
+    """Return a digest of compressed frames, which is cheaper than digests of the decoded frames."""
+    _, ends, content = frames.buffers()
+    bounds = np.frombuffer(ends, np.int64)[frames.offset : frames.offset + len(frames) + 1]
+    digest = hashlib.sha256((bounds - bounds[0]).tobytes())
+    digest.update(memoryview(content)[bounds[0] : bounds[-1]])
+    return digest.digest()
 
 
 def digests_of(column: pa.Array | pa.ChunkedArray) -> UInt8[np.ndarray, "n 16"]:

@@ -1,11 +1,13 @@
 """A tiny consortium in one process: points that actions move, seen by each owner in coordinates of its own."""
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -181,3 +183,17 @@ class Quick(Consortium):
             constitution=self.constitution,
             data_class=self.classes.get(name, "open"),
         )
+
+
+def run_until_killed(coordinator: Coordinator) -> None:
+    """Run a coordinator until a call raises KeyboardInterrupt, as if its process was killed.
+
+    With the process, a member that is still training would end too. Here its thread ends first: threads of one process
+    share the number of CPU threads, which changes the rounding of a training that begins meanwhile.
+    """
+    with pytest.raises(KeyboardInterrupt):
+        coordinator.run()
+    coordinator.close()
+    for thread in threading.enumerate():
+        if thread.name == "worldloom-nodes":
+            thread.join()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from consortium import MODEL, OWNERS, Consortium, Quick, bytes_of, points
+from consortium import MODEL, OWNERS, Consortium, Quick, bytes_of, points, run_until_killed
 
 import worldloom.federation.rounds.round_store as store_module
 from worldloom.core.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingError
@@ -129,9 +129,7 @@ def test_a_coordinator_that_is_killed_goes_on_and_ends_with_the_same_base(woven,
     broken = like(whole, tmp_path)
     coordinator = broken.coordinator()
     setattr(coordinator, what, killed_at(moment, getattr(coordinator, what)))
-    with pytest.raises(KeyboardInterrupt):
-        coordinator.run()
-    coordinator.close()
+    run_until_killed(coordinator)
     assert run(broken).fingerprint == last.fingerprint
 
 
@@ -141,9 +139,7 @@ def test_whichever_entry_of_the_ledger_was_the_last_before_a_kill(woven, tmp_pat
     broken = like(whole, tmp_path)
     coordinator = broken.coordinator()
     coordinator.ledger.append = killed_at(entry, coordinator.ledger.append)
-    with pytest.raises(KeyboardInterrupt):
-        coordinator.run()
-    coordinator.close()
+    run_until_killed(coordinator)
     assert run(broken).fingerprint == last.fingerprint
     ledger = tmp_path / "rounds" / "ledger.jsonl"
     assert verify_ledger(ledger, broken.constitution).broken is None

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from consortium import MODEL, OWNERS, Consortium, Quick, bytes_of, drawn
+from consortium import MODEL, OWNERS, Consortium, Quick, bytes_of, drawn, run_until_killed
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -244,9 +244,7 @@ def test_whichever_entry_of_the_ledger_was_the_last_before_a_kill(whole, tmp_pat
         broken = quick(tmp_path / str(entry), consortium.path)
         coordinator = broken.coordinator()
         coordinator.ledger.append = killed_at(entry, coordinator.ledger.append)
-        with pytest.raises(KeyboardInterrupt):
-            coordinator.run()
-        coordinator.close()
+        run_until_killed(coordinator)
         assert run(broken).fingerprint == last.fingerprint
         ledger = broken.path / "rounds" / "ledger.jsonl"
         assert verify_ledger(ledger, broken.constitution).broken is None
@@ -277,9 +275,7 @@ def test_a_coordinator_that_is_killed_at_any_answer_goes_on_and_reuses_nothing(w
                 raise KeyboardInterrupt
 
         coordinator._sums._accept = dies
-        with pytest.raises(KeyboardInterrupt):
-            coordinator.run()
-        coordinator.close()
+        run_until_killed(coordinator)
         assert run(broken, handlers).fingerprint == last.fingerprint
         known = broken.constitution.known()
         keys: dict[tuple[str, int], set[str]] = {}
@@ -853,9 +849,7 @@ def test_a_damaged_answer_in_the_coordinators_folder_is_asked_for_again(tmp_path
     handlers = {name: consortium.node(name).handle for name in OWNERS}
     coordinator = consortium.coordinator({**handlers, "south": gone_at(consortium, "south", "unmask")})
     coordinator._sums._ledger.append = dies_at("sum", coordinator._sums._ledger.append)
-    with pytest.raises(KeyboardInterrupt):
-        coordinator.run()
-    coordinator.close()
+    run_until_killed(coordinator)
     (stored,) = (tmp_path / "rounds" / "sessions").glob("*/unmask/north.msg")
     stored.write_bytes(stored.read_bytes()[:-1])
     run(consortium, handlers)

@@ -65,6 +65,12 @@ def main() -> None:
         if path.exists():
             lines = [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
             parts.append(speeds(name, lines))
+    path = RESULTS / "busy.jsonl"
+    if path.exists():
+        parts.append(busy([json.loads(line) for line in path.read_text().splitlines()]))
+    path = RESULTS / "checking.json"
+    if path.exists():
+        parts.append(checking(json.loads(path.read_text())))
     (Path(__file__).parent / "RESULTS.md").write_text("\n".join(parts))
 
 
@@ -553,6 +559,50 @@ def speeds(name: str, lines: list[dict[str, Any]]) -> str:
     adds_itself = name == "convert_large"
     command = f"{name}.py --gib 20" if adds_itself else f"{name}.py >> benchmarks/results/{name}.jsonl"
     return f"## Speed: {name}\n\n    python benchmarks/{command}\n\n" + "\n".join(blocks) + f"\n{describe(hardware)}\n"
+
+
+def busy(lines: list[dict[str, Any]]) -> str:
+    fixed = list(dict.fromkeys(mode for line in lines for mode in line["rates"] if mode != "chosen"))
+    rows = [
+        [
+            line["benchmark"].removeprefix("busy "),
+            str(line["neighbours"]),
+            line["unit"],
+            *(f"{line['rates'][mode]:,.0f} (n = {len(line['by_repeat'][mode])})" for mode in ("chosen", *fixed)),
+            ", ".join(map(str, line["chosen_threads"])),
+            f"{line['share']:.2f}",
+        ]
+        for line in lines
+    ]
+    header = ["work", "busy processes", "unit", "chosen", *(counted(int(mode), "thread") for mode in fixed)]
+    return (
+        "## Threads on a busy machine\n\n    python benchmarks/busy.py\n\n"
+        + table([*header, "threads that were chosen", "chosen / best fixed number"], rows)
+        + f"\n{describe(lines[0]['hardware'])}\n"
+    )
+
+
+def checking(values: dict[str, Any]) -> str:
+    def ratio(median: float, low: float, high: float) -> str:
+        return f"{median:.3f} ({low:.3f} to {high:.3f})"
+
+    rows = [
+        [
+            row["data"],
+            str(row["pairs"]),
+            str(row["steps"]),
+            *(f"{row[which]['frames_per_second']:,.0f}" for which in ("with", "without")),
+            ratio(*row["ratio"]),
+            ratio(*row["cpu_ratio"]),
+        ]
+        for row in values["rows"]
+    ]
+    header = ["data", "pairs", "steps", "frames/s with checks", "without", "ratio (lowest to highest)", "in CPU time"]
+    return (
+        f"## Speed: checking digests\n\n    python benchmarks/checking.py\n\n{values['frames']:,} frames.\n\n"
+        + table(header, rows)
+        + f"\n{describe(values['hardware'])}\n"
+    )
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -568,7 +568,10 @@ def busy(lines: list[dict[str, Any]]) -> str:
             line["benchmark"].removeprefix("busy "),
             str(line["neighbours"]),
             line["unit"],
-            *(f"{line['rates'][mode]:,.0f} (n = {len(line['by_repeat'][mode])})" for mode in ("chosen", *fixed)),
+            *(
+                f"{line['rates'][mode]:,.{0 if line['rates'][mode] > 100 else 1}f} (n = {len(line['by_repeat'][mode])})"
+                for mode in ("chosen", *fixed)
+            ),
             ", ".join(map(str, line["chosen_threads"])),
             f"{line['share']:.2f}",
         ]

@@ -699,7 +699,7 @@ def test_data_of_a_class_that_may_not_shape_the_base_is_found_by_every_reader(tm
             "contribution", SignedContribution.of([message.statement], 0, who.constitution).facts, round=0
         )
     why = verify_ledger(tmp_path / "rounds" / "ledger.jsonl", who.constitution).why
-    assert why == "is a contribution of east from private data, which may not shape the base"
+    assert why == "is a contribution of east from private data, which may not train the base"
 
 
 def test_a_loss_that_the_ledger_lacks_is_logged_and_does_not_pass_a_release(tmp_path, caplog) -> None:

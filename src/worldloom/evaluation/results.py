@@ -42,8 +42,9 @@ _KIND = "worldloom results"
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeResult:
-    """One episode. `steps` counts environment steps up to success or the end. Distances are
-    those that the success rule measures, or None if it measures none.
+    """One episode. `steps` counts environment steps up to success or the end.
+
+    Distances are those that the success rule measures, or None if it measures none.
     """
 
     index: int

@@ -189,9 +189,9 @@ def _rules(rules: Constitution) -> list[str]:
         f"own data, and uploads their change. At least {rules.quorum} of {count} must contribute, within "
         f"{duration(rules.timeout_seconds)}; the changes are aggregated by {rules.aggregation['name']} with "
         f"{weights[rules.weighting]}, none above {rules.cap:.3g}, and applied by {rules.outer['name']}.",
-        f"A contribution that raises the held-out loss of the median member by more than "
-        f"{rules.quality.max_worse:.0%} is left out. Data of the classes {' and '.join(rules.classes)} may shape the "
-        f"base; other data trains only its owner's model.",
+        f"If the next base would raise held-out losses by more than {rules.quality.max_worse:.0%} (at the median "
+        f"member), contributions are left out until it does not. Data of the classes {' and '.join(rules.classes)} may "
+        f"train the base; other data trains only its owner's model.",
     ]
     if (privacy := rules.privacy) is None:
         text.append("No noise is added: there is no differential privacy.")

@@ -155,7 +155,7 @@ class LedgerRules:
         if signed.facts["data_class"] not in self._constitution.classes:
             return (
                 f"is a contribution of {signed.facts['owner']} from {printable(signed.facts['data_class'])[:64]} data, "
-                f"which may not shape the base"
+                f"which may not train the base"
             )
         if signed.base != self._base or signed.seen.length < self._named:
             return f"is a contribution of {signed.facts['owner']} that does not start from the base of its round"

@@ -5,9 +5,20 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from worldloom.core.errors import ConfigError
-from worldloom.core.types import Observations
+from worldloom.core.types import Observations, ObservationSpec
+from worldloom.data import Statistics
 from worldloom.models import JEPAConfig, PixelNormalisation, build_jepa
-from worldloom.models.encoders import ENCODERS, Fusion, PatchConv, StemmedPatchConv, VectorMLP, ViT, default_encoder
+from worldloom.models.encoders import (
+    ENCODERS,
+    Fusion,
+    Keypoints,
+    PatchConv,
+    StemmedPatchConv,
+    VectorMLP,
+    ViT,
+    default_encoder,
+)
+from worldloom.models.encoders.keypoints import KeypointEncoder
 from worldloom.models.encoders.vit import sincos_positions
 from worldloom.models.stems import _SPEED
 
@@ -18,6 +29,8 @@ SMALL = [
     ViT(patch=4, depth=2, width=16, heads=2),
     ViT(patch=4, depth=1, width=16, heads=2, positions="sincos"),
     StemmedPatchConv(patch=4, channels=(8, 8), hidden=16, size=(16, 16, 3)),
+    Keypoints(channels=(8, 8), mixing=8, maps=4, features=2, hidden=16),
+    Keypoints(patch=4, channels=(8, 12), mixing=6, maps=4, features=0, hidden=16),
     VectorMLP(hidden=(16,), norm="layer", activation="silu"),
     Fusion(pixels=PatchConv(patch=4, channels=(8,), hidden=16), vector=VectorMLP(hidden=(16,))),
 ]
@@ -33,7 +46,7 @@ def test_each_frame_is_encoded_alone_whatever_its_shape(odd_case, config) -> Non
         torch.testing.assert_close(latents[row : row + 1], encoder(observations[row : row + 1]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", SMALL[:6], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", SMALL[:8], ids=lambda config: config.name)
 def test_every_pixel_reaches_the_latent(odd_case, config) -> None:
     encoder = config.build(odd_case.observation, odd_case.statistics, 6)
     observations = odd_case.observations(1)
@@ -190,3 +203,50 @@ def test_a_stem_that_is_folded_mixes_channels(pixel_case) -> None:
     torch.testing.assert_close(encoder(observations), expected, rtol=1e-4, atol=1e-4)
     encoder(observations).square().sum().backward()
     assert encoder.stem.mix.weight.grad.abs().min() > 0
+
+
+def _spot(row: int, column: int, size: int = 64) -> Observations:
+    pixels = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    pixels[0, row : row + 8, column : column + 8] = 255
+    return Observations(pixels=pixels, vector=None)
+
+
+def _keypoints(config: Keypoints, shape: tuple[int, int, int]) -> KeypointEncoder:
+    statistics = Statistics(
+        pixel_mean=torch.full(shape, 20.0), pixel_std=torch.full(shape, 40.0), vector_mean=None, vector_std=None,
+        action_mean=torch.zeros(2), action_std=torch.ones(2),
+    )  # fmt: skip
+    encoder = config.build(ObservationSpec(pixels=shape), statistics, 8)
+    assert isinstance(encoder, KeypointEncoder)
+    return encoder
+
+
+def test_keypoints_move_with_what_they_attend_to() -> None:
+    encoder = _keypoints(Keypoints(features=0), (64, 64, 3))
+    # One map attends to bright cells: the sum of all features, far above the others.
+    with torch.no_grad():
+        for layer in (encoder.patches, encoder.merge):
+            layer.weight.fill_(1 / layer.weight[0].numel())
+            layer.bias.zero_()
+        encoder.mix.weight.zero_()
+        encoder.attend.weight.fill_(1.0)
+        encoder.attend.bias.zero_()
+    places = [encoder.keypoints(_spot(row, column))[0, 0] for row, column in ((8, 8), (8, 16), (40, 16))]
+    step = 4 / 7  # eight cells lie between -2 and 2
+    torch.testing.assert_close(places[1] - places[0], torch.tensor([step, 0.0]), atol=0.05, rtol=0)
+    torch.testing.assert_close(places[2] - places[1], torch.tensor([0.0, 4 * step]), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 3, 1), (9, 64, 4), (240, 320, 3)])
+def test_keypoints_choose_their_patch_by_the_size_of_the_picture(shape) -> None:
+    encoder = _keypoints(Keypoints(maps=4), shape)
+    pixels = torch.full((2, *shape), 7, dtype=torch.uint8)
+    latents = encoder(Observations(pixels=pixels, vector=None))
+    assert latents.shape == (2, 8)
+    assert latents.isfinite().all()
+    assert encoder.positions.shape[0] <= 16 * 64  # cells; about eight along the shorter side
+
+
+def test_a_patch_of_keypoints_larger_than_a_frame_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"'patch' of encoder 'keypoints' is 9 pixels, but the frames have 8x12"):
+        _keypoints(Keypoints(patch=9), (8, 12, 3))

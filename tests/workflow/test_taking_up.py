@@ -104,6 +104,25 @@ def test_broken_off_before_each_stage_it_ends_as_an_unbroken_one(recipe, dataset
     assert -1 <= ours["rank_correlation/distance"] <= 1
 
 
+def test_a_predictor_is_refined_once_and_as_in_an_unbroken_run(recipe, dataset, unbroken, tmp_path) -> None:
+    refining = recipe.override(['refinement={"horizon": 2, "steps": 3, "batch": 8}'])
+    whole = workflow.train(refining, dataset, tmp_path / "whole")
+    ours, theirs = (run.model.state_dict() for run in (whole, unbroken))
+    changed = {name.split(".")[0] for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert changed == {"predictor"}
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("the machine went down")
+
+    for stage in ("refine_predictor", "measure_geometry"):
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setattr(workflow, stage, stop)
+            with pytest.raises(RuntimeError, match="went down"):
+                workflow.train(refining, dataset, tmp_path / "run", resume=stage != "refine_predictor")
+    workflow.train(refining, dataset, tmp_path / "run", resume=True)
+    assert digests(tmp_path / "run") == digests(whole.path)
+
+
 def test_broken_off_within_the_world_model_it_goes_on_from_the_checkpoint(recipe, dataset, run, untouched) -> None:
     before = digests(run.path)
     shutil.rmtree(run.path / "model")

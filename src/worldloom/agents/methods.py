@@ -237,7 +237,8 @@ class PlannedMethod(MethodConfig):
 class PlanMethod(PlannedMethod):
     """Model predictive control.
 
-    `metric` is latent L2 or the learned temporal distance. `replan` is in environment steps; 0 means one block. With
+    `metric` is latent L2 or the learned temporal distance. The cost is the mean distance along the plan plus
+    `last_weight` times the final distance or, with `nearest`, the smallest distance along the plan. `replan` is in environment steps; 0 means one block. With
     `propose`, the search also starts from the reactive policy's plan (mode 2). `guard` selects how the guardrails of a
     rule set are applied: "calibrated" as limits, with margins calibrated for the chosen plans. The other values are
     baselines: "per candidate" margins, "uncalibrated" (no margins), "penalty" (a cost of `penalty` times the violation)
@@ -247,6 +248,7 @@ class PlanMethod(PlannedMethod):
     name: Literal["plan"] = "plan"
     metric: Literal["latent", "distance"] = "latent"
     last_weight: float = Field(default=1.0, ge=0)
+    nearest: bool = False
     replan: int = Field(default=0, ge=0)
     propose: bool = False
     guard: Guard = "calibrated"
@@ -264,7 +266,7 @@ class PlanMethod(PlannedMethod):
         costs = [(self.penalty, Avoid(rail=rail)) for rail in self.rails(parts)] if self.guard == "penalty" else []
         return self.planning_agent(
             parts,
-            partial(GoalObjective, metric, last_weight=self.last_weight),
+            partial(GoalObjective, metric, last_weight=self.last_weight, nearest=self.nearest),
             replan=self.replan,
             costs=costs,
             proposer=PolicyProposer(model=heads.model, policy=_reactive(heads)) if self.propose else None,

@@ -14,6 +14,7 @@ from worldloom.heads.heads import Heads
 from worldloom.heads.inverse import InverseModel, InverseModelConfig
 from worldloom.heads.latent_episodes import LatentEpisodes, dream, encode_episodes
 from worldloom.heads.probe import Probe, ProbeConfig, fit_probe
+from worldloom.heads.refinement import RefinementConfig, refine_predictor
 from worldloom.heads.support import Support, measure_support, nearest_gap
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "LatentGeometry",
     "Probe",
     "ProbeConfig",
+    "RefinementConfig",
     "Reversibility",
     "Support",
     "TemporalDistance",
@@ -42,5 +44,6 @@ __all__ = [
     "nearest_gap",
     "predict_arrival",
     "rank_correlation",
+    "refine_predictor",
     "still",
 ]

@@ -9,6 +9,7 @@ from worldloom.models.checkpoint import (
     save_model,
     save_tensors,
     stored_digest,
+    stored_extra,
 )
 from worldloom.models.distributed import alone, lay_like, whole
 from worldloom.models.jepa import JEPA, JEPAConfig, WindowOutputs, build_jepa
@@ -40,5 +41,6 @@ __all__ = [
     "save_model",
     "save_tensors",
     "stored_digest",
+    "stored_extra",
     "whole",
 ]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from worldloom.core.config import Shape, check_shape
@@ -45,6 +46,7 @@ class _ModelFile(Shape):
     config: dict[str, Any]
     observation: dict[str, Any]
     action: dict[str, Any]
+    extra: dict[str, Any] = Field(default_factory=dict)
 
 
 def save_tensors(
@@ -112,6 +114,17 @@ def save_model(directory: Path | str, model: JEPA, extra: Mapping[str, Any] | No
     fingerprint = save_tensors(Path(directory) / "model", model.state_dict(), metadata, kind=_MODEL)
     model.set_fingerprint(fingerprint)
     return fingerprint
+
+
+def stored_extra(directory: Path | str) -> dict[str, Any]:
+    """Return the JSON values `extra` of a model that `save_model` wrote.
+
+    Raises:
+        CheckpointError: the model is missing, damaged or of another kind.
+    """
+    stem = Path(directory) / "model"
+    metadata = _read_body(stem, _MODEL)["metadata"]
+    return dict(check_shape(metadata, _ModelFile, _json_path(stem), CheckpointError).extra)
 
 
 def load_model(directory: Path | str, device: torch.device | str = "cpu", *, digest: str | None = None) -> JEPA:

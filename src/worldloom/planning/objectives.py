@@ -28,14 +28,25 @@ class LatentL2:
         return distance
 
 
-class _Reach(Stage):
-    """A stage whose cost is its mean distance along the plan, plus `last_weight` times the final distance."""
+_TIE = 0.02  # the weight of the mean distance, if the nearest predicted state counts
 
-    last_weight: float
+
+@dataclass(frozen=True, kw_only=True)
+class _Reach(Stage):
+    """A stage whose cost is its mean distance along the plan, plus `last_weight` times the final distance.
+
+    With `nearest`, the cost is the smallest distance along the plan instead, so that a plan may move away from the goal
+    first. The mean distance, with a small weight, then only decides between plans that come equally near.
+    """
+
+    last_weight: float = 1.0
+    nearest: bool = False
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
         """Return the cost of each candidate."""
         away = self.away(rollouts).clamp_min(0)
+        if self.nearest:
+            return away.amin(-1) + _TIE * away.mean(-1)
         return away.mean(-1) + self.last_weight * away[..., -1]
 
 
@@ -44,13 +55,14 @@ class GoalObjective(_Reach):
     """Reach a goal latent: the mean distance along the plan plus `last_weight` times the final distance.
 
     The mean distance decides between plans with the same end. Without it, a plan that waits would cost no more than a
-    plan that starts at once, and the agent could hesitate before a door. A goal nearer than `within` counts as reached.
+    plan that starts at once, and the agent could hesitate before a door. With `nearest`, the smallest distance along
+    the plan counts instead: a hand that has to go around an object first moves away from its own goal. A goal nearer
+    than `within` counts as reached.
     """
 
     metric: Metric
     goal: Float[Tensor, "B D"]
     _: KW_ONLY
-    last_weight: float = 1.0
     within: float = 0.0
 
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
@@ -69,7 +81,6 @@ class VectorGoal(_Reach):
     quantity: Quantity
     target: Float[Tensor, "*B L"]
     within: float = 0.0
-    last_weight: float = 1.0
 
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return the distance of each predicted state from the target, minus `within`."""
@@ -88,7 +99,6 @@ class RegionGoal(_Reach):
 
     quantity: Quantity
     region: Area
-    last_weight: float = 1.0
 
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return the signed distance of each predicted state from the region; it is negative inside the region."""

@@ -11,7 +11,7 @@ from worldloom.core.names import PathName
 from worldloom.core.registry import nearest
 from worldloom.data import DataConfig
 from worldloom.guardrails import RuleLayer
-from worldloom.heads import CoarseConfig, DistanceConfig, InverseModelConfig, ProbeConfig
+from worldloom.heads import CoarseConfig, DistanceConfig, InverseModelConfig, ProbeConfig, RefinementConfig
 from worldloom.models import JEPAConfig
 from worldloom.training import TrainingConfig
 
@@ -41,6 +41,8 @@ class LabelledProbe(ProbeConfig):
 class Recipe(Config):
     """The settings of `collect`, `train` and `evaluate`. For external data, `collection` and `protocol` are None.
 
+    With `refinement`, the predictor is trained further on frozen latents after `training`.
+
     `hierarchy` contains coarser models. One step of a coarser model spans several steps of the model before it; the
     first one spans steps of the world model. `probes` decode named quantities from latents; planners use them only
     through guardrails and objectives. `rules` is the uppermost layer of the agents' rule set; lower layers may only
@@ -53,6 +55,7 @@ class Recipe(Config):
     data: DataConfig = DataConfig()
     model: JEPAConfig = JEPAConfig()
     training: TrainingConfig = TrainingConfig()
+    refinement: RefinementConfig | None = None
     inverse: InverseModelConfig = InverseModelConfig()
     distance: DistanceConfig = DistanceConfig()
     hierarchy: tuple[CoarseConfig, ...] = ()

@@ -41,8 +41,9 @@ from worldloom.heads import (
     measure_geometry,
     measure_support,
     rank_correlation,
+    refine_predictor,
 )
-from worldloom.models import alone, load_model
+from worldloom.models import alone, load_model, save_model, stored_extra
 from worldloom.planning import LatentL2
 from worldloom.recipes import LabelledProbe, Recipe
 from worldloom.training import FREE, Ranks, RunFolder, describe_provenance, fit, make_fabric
@@ -77,7 +78,7 @@ def train(
     resume: bool = False,
     progress: Progress = SILENT,
 ) -> Run:
-    """Train the world model, then the heads on its frozen latents; `resume` continues an interrupted run.
+    """Train the world model, refine its predictor if the recipe says so, and fit the heads on the frozen latents; `resume` continues an interrupted run.
 
     Under torchrun, every process calls this function with the same arguments and a shared folder. The first process
     writes the folder, and fits the heads while the other processes wait.
@@ -119,6 +120,7 @@ def train(
                 if ranks.first:
                     threads = recipe.training.threads or min(folder.threads or 0, choosable_threads())
                     with alone(), use_threads(threads):
+                        _refine(run, cache, progress)
                         _train_heads(run, cache, progress)
 
             ranks.in_turn(beside, ahead=ranks.first)
@@ -162,6 +164,22 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
     if differ:
         folder.reconfigure(config)
     return folder
+
+
+def _refine(run: Run, cache: Frames, progress: Progress) -> None:
+    """Refine the predictor on frozen latents, if the recipe says so and it was not done before."""
+    config, directory = run.recipe.refinement, run.folder.model_directory
+    extra = stored_extra(directory)
+    if config is None or extra.get("refined"):
+        return
+    model, training = load_model(directory, run.device), run.recipe.training
+    episodes, _ = cache.split(training.validation_share, training.seed)
+    parts = [
+        encode_episodes(model, cache, episodes=episodes, offset=offset, progress=progress)
+        for offset in range(model.spec.block)
+    ]
+    refined = refine_predictor(model, parts, config, seed=training.seed, progress=progress)
+    save_model(directory, refined, {**extra, "refined": True})
 
 
 def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:

@@ -2,6 +2,7 @@
 
 from worldloom.models.encoders.encoder import ENCODERS, EncoderConfig, EncoderField
 from worldloom.models.encoders.fusion import Fusion, default_encoder
+from worldloom.models.encoders.keypoints import Keypoints
 from worldloom.models.encoders.patch_conv import PatchConv, StemmedPatchConv
 from worldloom.models.encoders.vector import VectorMLP
 from worldloom.models.encoders.vit import ViT
@@ -11,6 +12,7 @@ __all__ = [
     "EncoderConfig",
     "EncoderField",
     "Fusion",
+    "Keypoints",
     "PatchConv",
     "StemmedPatchConv",
     "VectorMLP",

@@ -21,8 +21,9 @@ from worldloom.data.layout import (
 from worldloom.data.object_walk import ObjectWalkOptions
 from worldloom.data.order import SlidingPool
 from worldloom.data.pictures import decode_picture, encode_picture, read_picture, resize, room_for
-from worldloom.data.policies import POLICIES
+from worldloom.data.policies import POLICIES, infos_for
 from worldloom.data.preview import contact_sheet, encode_video, to_rgb, video, write_sheet
+from worldloom.data.pusht_expert import PushTExpertOptions
 from worldloom.data.spec import DatasetSpec
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.data.streaming import DataConfig, load_frames, stream_frames
@@ -43,6 +44,7 @@ __all__ = [
     "ObjectWalkOptions",
     "Pixels",
     "Problem",
+    "PushTExpertOptions",
     "SlidingPool",
     "Statistics",
     "WindowSampler",
@@ -59,6 +61,7 @@ __all__ = [
     "float_list",
     "float_lists",
     "floats_of",
+    "infos_for",
     "inspect",
     "lance_errors",
     "load_cache",

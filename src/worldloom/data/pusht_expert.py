@@ -48,9 +48,9 @@ _ARRIVED, _ASIDE, _OVER = 6.0, 12.0, 2.0  # px; where a push begins, from where 
 class PushTExpertOptions(Config):
     """Options of the policy "pusht-expert". Speed and noise are shares of the largest action, drawn per episode."""
 
-    slowest: float = Field(default=0.3, gt=0, le=1)  # the largest action of an episode lies between these two
-    fastest: float = Field(default=0.8, gt=0, le=1)
-    noise: float = Field(default=0.15, ge=0)  # the standard deviation of an episode's noise lies between 0 and this
+    slowest: float = Field(default=0.2, gt=0, le=1)  # the largest action of an episode lies between these two
+    fastest: float = Field(default=0.6, gt=0, le=1)
+    noise: float = Field(default=0.1, ge=0)  # the standard deviation of an episode's noise lies between 0 and this
     margin: float = Field(default=150.0, ge=0, lt=_TABLE / 2)  # px between the block's targets and the edge
     near: float = Field(default=8.0, gt=0)  # px; a target is reached if the block is this near ...
     turned: float = Field(default=0.14, gt=0)  # ... and its angle too, in radians

@@ -8,17 +8,16 @@ surface.
 
 import cmath
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from jaxtyping import Bool, Complex128, Float32, Float64
+from jaxtyping import Bool, Complex128, Float64
 from pydantic import Field, model_validator
 
 from worldloom.core.config import Config
-from worldloom.core.errors import ConfigError
-from worldloom.core.types import ActionSpec, Observations
+from worldloom.core.types import ActionSpec
+from worldloom.data.expert import Expert, ExpertEpisode, Infos
 from worldloom.data.policies import register_policy
 
 # Lengths are in px of the table, and points (x, y) are complex numbers x + iy, so that a rotation is a product. The
@@ -150,7 +149,7 @@ class _Pose:
         return self.seen(target.centre), math.remainder(target.angle - self.angle, 2 * math.pi)
 
 
-class _Hand:
+class _Hand(ExpertEpisode):
     """The expert of one episode."""
 
     def __init__(self, options: PushTExpertOptions, generator: np.random.Generator) -> None:
@@ -158,23 +157,37 @@ class _Hand:
         self._largest = _UNIT * generator.uniform(options.slowest, options.fastest)  # px
         self._noise = _UNIT * generator.uniform(0, options.noise)
         self._last = 0j  # the last action, in px
-        self.target = self._draw()
+        self._target = self._draw()
         self._left = options.patience
         self._push: int | None = None
         self._pushing = False  # whether the disc is where the push begins
         self._ways = self._pushes.ways  # around the block as it stands, over places on the table
-        self._end = self.target  # the pose of the block after the push
+        self._end = self._target  # the pose of the block after the push
 
     def _draw(self) -> _Pose:
         x, y = self._generator.uniform(self._options.margin, _TABLE - self._options.margin, 2)
         return _Pose(complex(x, y), self._generator.uniform(-math.pi, math.pi))
 
-    def act(self, disc: complex, block: _Pose) -> complex:
-        """Return the next action, in px."""
-        move, turn = block.gap(self.target)
+    @property
+    def target(self) -> Float64[np.ndarray, "3"]:
+        """The block's position (x, y) and angle at the target."""
+        place = self._target.centre - _CENTRE * cmath.exp(1j * self._target.angle)
+        return np.array([place.real, place.imag, self._target.angle])
+
+    def act(self, infos: Infos) -> Float64[np.ndarray, "2"]:
+        """Return the next action, in multiples of the largest action."""
+        angle = float(infos["angle"][0])
+        step = self._act(
+            complex(*infos["agent"]), _Pose(complex(*infos["block"]) + _CENTRE * cmath.exp(1j * angle), angle)
+        )
+        return np.array([step.real, step.imag]) / _UNIT
+
+    def _act(self, disc: complex, block: _Pose) -> complex:
+        """Return the next action in px."""
+        move, turn = block.gap(self._target)
         self._left -= 1
         if (abs(move) < self._options.near and abs(turn) < self._options.turned) or self._left < 0:
-            self.target, self._left, self._push = self._draw(), self._options.patience, None
+            self._target, self._left, self._push = self._draw(), self._options.patience, None
         rests = block.seen(disc + _CARRIED * self._last)  # where the disc would come to rest without an action
         if self._push is None or self._over(rests, block):
             self._choose(rests, block)
@@ -233,7 +246,7 @@ class _Hand:
         self._ways = pushes.ways
         if not on_table.all():
             self._ways = _shortest(np.where(on_table & on_table[:, None], pushes.lines, _NEVER))
-        to_target, angle = block.gap(self.target)
+        to_target, angle = block.gap(self._target)
         # What is left after the first push, (C, L), in the block's frame after it.
         move = (to_target - pushes.moved) * np.exp(-1j * pushes.turned)
         turn = _TURN * np.angle(np.exp(1j * (angle - pushes.turned)))
@@ -263,47 +276,19 @@ def _effort(square: Float64[np.ndarray, "*axes"]) -> Float64[np.ndarray, "*axes"
 
 
 @register_policy("pusht-expert", PushTExpertOptions)
-class PushTExpert:
+class PushTExpert(Expert):
     """A policy that pushes PushT's block to one random pose after another, with a speed and noise of each episode.
 
-    Attributes:
-        sees: the infos of the simulator that the policy needs.
+    A target is the block's position (x, y) in px and its angle in radians.
     """
 
     sees = ("agent", "block", "angle")
+    size = 2
 
     def __init__(self, action: ActionSpec, options: PushTExpertOptions) -> None:
-        if action.size != 2 or action.discrete:
-            raise ConfigError(
-                f"the policy 'pusht-expert' needs 2 continuous action values (x, y); this environment has "
-                f"{action.size} {'discrete' if action.discrete else 'continuous'} ones. Use another policy, such as "
-                f"directed-walk"
-            )
+        super().__init__(action, "pusht-expert")
         self._options = options
-        self._hands: list[_Hand] = []
-        self._infos: Mapping[str, np.ndarray] = {}
 
-    @property
-    def targets(self) -> Float64[np.ndarray, "B 3"]:
-        """The pose to which each episode's block is being brought: its position (x, y) in px and its angle."""
-        poses = [hand.target for hand in self._hands]
-        places = [pose.centre - _CENTRE * cmath.exp(1j * pose.angle) for pose in poses]
-        return np.array([(place.real, place.imag, pose.angle) for place, pose in zip(places, poses, strict=True)])
-
-    def reset(self, generators: list[np.random.Generator]) -> None:
-        """Start one episode for each generator."""
-        self._hands = [_Hand(self._options, generator) for generator in generators]
-
-    def see(self, infos: Mapping[str, Float64[np.ndarray, "B L"]]) -> None:
-        """Receive the infos `sees` of the frames for which the next actions are chosen."""
-        self._infos = infos
-
-    def act(self, observations: Observations) -> Float32[np.ndarray, "B A"]:
-        """Return one action for each episode; the observations are ignored."""
-        actions = np.empty((len(self._hands), 2), np.float32)
-        for row, hand in enumerate(self._hands):
-            disc, block = (complex(*self._infos[name][row]) for name in ("agent", "block"))
-            angle = float(self._infos["angle"][row, 0])
-            step = hand.act(disc, _Pose(block + _CENTRE * cmath.exp(1j * angle), angle))
-            actions[row] = step.real / _UNIT, step.imag / _UNIT
-        return np.clip(actions, -1.0, 1.0)
+    def begin(self, generator: np.random.Generator) -> ExpertEpisode:
+        """Return the expert of one episode."""
+        return _Hand(self._options, generator)

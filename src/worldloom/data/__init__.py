@@ -24,9 +24,11 @@ from worldloom.data.pictures import decode_picture, encode_picture, read_picture
 from worldloom.data.policies import POLICIES, infos_for
 from worldloom.data.preview import contact_sheet, encode_video, to_rgb, video, write_sheet
 from worldloom.data.pusht_expert import PushTExpertOptions
+from worldloom.data.reacher_expert import ReacherExpertOptions
 from worldloom.data.spec import DatasetSpec
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.data.streaming import DataConfig, load_frames, stream_frames
+from worldloom.data.two_room_expert import TwoRoomExpertOptions
 from worldloom.data.validation import Problem, validate
 from worldloom.data.variation import require_plausible, require_variation
 from worldloom.data.windows import WindowSampler
@@ -45,8 +47,10 @@ __all__ = [
     "Pixels",
     "Problem",
     "PushTExpertOptions",
+    "ReacherExpertOptions",
     "SlidingPool",
     "Statistics",
+    "TwoRoomExpertOptions",
     "WindowSampler",
     "check_episode",
     "collect",

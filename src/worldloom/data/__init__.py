@@ -2,6 +2,7 @@
 
 from worldloom.data.cache import load_cache
 from worldloom.data.collection import collect, episode_seed, policy_generator
+from worldloom.data.cube_expert import CubeExpertOptions
 from worldloom.data.cube_walk import CubeWalkOptions
 from worldloom.data.dataset import Columns, EpisodeDataset, open_table, table_written
 from worldloom.data.frames import Frames, Pixels
@@ -37,6 +38,7 @@ __all__ = [
     "FORMAT",
     "POLICIES",
     "Columns",
+    "CubeExpertOptions",
     "CubeWalkOptions",
     "DataConfig",
     "DatasetSpec",

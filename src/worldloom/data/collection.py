@@ -119,7 +119,7 @@ def collect(
             recorded = batch.episodes(seeds, policy, None if failure is None else type(failure).__name__)
             if recorded:
                 wanted = batch.labels
-                sees = {"policy_sees": list(actor.sees)} if isinstance(actor, SeeingPolicy) else {}
+                sees = {"policy_sees": list(actor.sees)} if isinstance(actor, SeeingPolicy) and actor.sees else {}
                 spec = DatasetSpec(
                     observation=world.observation, action=world.action, labels=batch.labels, environment=source | sees
                 )

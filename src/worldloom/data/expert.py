@@ -67,10 +67,12 @@ class Expert(ABC):
         self._infos = infos
 
     def act(self, observations: Observations) -> Float32[np.ndarray, "B A"]:
-        """Return one action for each episode; the observations are ignored."""
-        wishes = [
-            episode.act({name: self._infos[name][row] for name in self.sees})
-            for row, episode in enumerate(self._episodes)
-        ]
+        """Return one action for each episode."""
+        states = self.states(observations)
+        wishes = [episode.act(state) for episode, state in zip(self._episodes, states, strict=True)]
         actions: np.ndarray = np.clip(np.stack(wishes) * self._high, self._low, self._high).astype(np.float32)
         return actions
+
+    def states(self, observations: Observations) -> list[Infos]:
+        """Return what each episode's expert sees: by default the infos `sees`, and not the observations."""
+        return [{name: self._infos[name][row] for name in self.sees} for row in range(len(self._episodes))]

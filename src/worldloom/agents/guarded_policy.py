@@ -8,7 +8,8 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from worldloom.agents.mpc import PlanningAgent
-from worldloom.core.seams import Objective, Policy, SafePolicy
+from worldloom.core.errors import ConfigError
+from worldloom.core.seams import Objective, Policy, SafePolicy, SeeingPolicy
 from worldloom.core.types import Context, Goal, Observations, Rollouts
 
 
@@ -34,9 +35,17 @@ class GuardedPolicy(SafePolicy):
 
     `build(objective=..., proposer=...)` returns the planning agent, with its guardrails, margins and fallback. The
     agent must replan at every environment step. Where no plan satisfies the guardrails, the agent's fallback acts.
+
+    Raises:
+        ConfigError: the policy sees the simulator.
     """
 
     def __init__(self, policy: Policy, build: Callable[..., PlanningAgent]) -> None:
+        if isinstance(policy, SeeingPolicy):
+            raise ConfigError(
+                f"a policy under guardrails must act on observations, but {type(policy).__name__} sees the simulator's "
+                f"{', '.join(policy.sees)}. Choose a protocol whose goals come from another policy"
+            )
         self._policy, self._wish = policy, torch.empty(0, 0)
         self._agent: PlanningAgent = build(objective=lambda goal: _Wish(self._wish), proposer=self._propose)
         self._model = self._agent.planner.model

@@ -19,7 +19,10 @@ def collect(
     episodes: Annotated[int | None, typer.Option(min=1, help="The number of episodes [1000].")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="The maximum number of steps of an episode [100].")] = None,
     policy: Annotated[
-        str | None, typer.Option(help="directed-walk, uniform, near-object, cube-walk, or one of an imported module.")
+        str | None,
+        typer.Option(
+            help="directed-walk, uniform, near-object, cube-walk, pusht-expert, or one of an imported module."
+        ),
     ] = None,
     policy_option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the policy.")

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
 from worldloom.core.types import Context, Goal, ModelSpec, Observations, Rollouts
@@ -233,6 +233,23 @@ class Policy(Protocol):
 
     def act(self, observations: Observations) -> Float32[np.ndarray, "B A"]:
         """Return one environment action for each episode, within bounds."""
+        ...
+
+
+@runtime_checkable
+class SeeingPolicy(Policy, Protocol):
+    """A logging policy that also sees the simulator's state, for example an expert. No agent receives this state.
+
+    What collects data calls `see` before each `act`, and records `sees` in the dataset.
+
+    Attributes:
+        sees: the names of the environment's infos that the policy needs.
+    """
+
+    sees: tuple[str, ...]
+
+    def see(self, infos: Mapping[str, Float64[np.ndarray, "B L"]]) -> None:
+        """Receive the infos `sees` of the frames for which the next actions are chosen."""
         ...
 
 

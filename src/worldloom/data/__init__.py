@@ -2,6 +2,7 @@
 
 from worldloom.data.cache import load_cache
 from worldloom.data.collection import collect, episode_seed, policy_generator
+from worldloom.data.cube_expert import CubeExpertOptions
 from worldloom.data.cube_walk import CubeWalkOptions
 from worldloom.data.dataset import Columns, EpisodeDataset, open_table, table_written
 from worldloom.data.frames import Frames, Pixels
@@ -21,11 +22,14 @@ from worldloom.data.layout import (
 from worldloom.data.object_walk import ObjectWalkOptions
 from worldloom.data.order import SlidingPool
 from worldloom.data.pictures import decode_picture, encode_picture, read_picture, resize, room_for
-from worldloom.data.policies import POLICIES
+from worldloom.data.policies import POLICIES, infos_for
 from worldloom.data.preview import contact_sheet, encode_video, to_rgb, video, write_sheet
+from worldloom.data.pusht_expert import PushTExpertOptions
+from worldloom.data.reacher_expert import ReacherExpertOptions
 from worldloom.data.spec import DatasetSpec
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.data.streaming import DataConfig, load_frames, stream_frames
+from worldloom.data.two_room_expert import TwoRoomExpertOptions
 from worldloom.data.validation import Problem, validate
 from worldloom.data.variation import require_plausible, require_variation
 from worldloom.data.windows import WindowSampler
@@ -34,6 +38,7 @@ __all__ = [
     "FORMAT",
     "POLICIES",
     "Columns",
+    "CubeExpertOptions",
     "CubeWalkOptions",
     "DataConfig",
     "DatasetSpec",
@@ -43,8 +48,11 @@ __all__ = [
     "ObjectWalkOptions",
     "Pixels",
     "Problem",
+    "PushTExpertOptions",
+    "ReacherExpertOptions",
     "SlidingPool",
     "Statistics",
+    "TwoRoomExpertOptions",
     "WindowSampler",
     "check_episode",
     "collect",
@@ -59,6 +67,7 @@ __all__ = [
     "float_list",
     "float_lists",
     "floats_of",
+    "infos_for",
     "inspect",
     "lance_errors",
     "load_cache",

@@ -18,7 +18,7 @@ from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure
 from worldloom.core.files import require_writable
 from worldloom.core.picture_layout import PictureOptions
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.seams import Policy
+from worldloom.core.seams import Policy, SeeingPolicy
 from worldloom.core.seeds import derive_seed, numpy_generator
 from worldloom.core.types import Episode
 from worldloom.data.dataset import EpisodeDataset
@@ -62,10 +62,12 @@ def collect(
     An existing dataset with fewer episodes is completed. A dataset with more is returned unchanged, with a warning.
     `labels` names the entries of the environment's infos to keep; None keeps every numeric entry of at most 256 values
     that is present in all frames, and warns about those that some frames lack. `pictures` says how pictures are stored,
-    if this is not clear from the observation space. Each batch of `num_envs` episodes is one commit.
+    if this is not clear from the observation space. Each batch of `num_envs` episodes is one commit. If the policy sees
+    infos of the simulator, the dataset's `spec.environment` lists them under `policy_sees`.
 
     Raises:
-        ConfigError: `episodes`, `steps` or `num_envs` is below 1, or `policy` is unknown.
+        ConfigError: `episodes`, `steps` or `num_envs` is below 1, `policy` is unknown, or the environment lacks an
+            info that the policy needs.
         DataError: the dataset was collected with different arguments, a label is missing, or the policy raised an
             exception or returned an action out of bounds.
         EnvironmentFailure: the environment raised an exception, or returned values that are not finite. As on Ctrl-C,
@@ -117,8 +119,9 @@ def collect(
             recorded = batch.episodes(seeds, policy, None if failure is None else type(failure).__name__)
             if recorded:
                 wanted = batch.labels
+                sees = {"policy_sees": list(actor.sees)} if isinstance(actor, SeeingPolicy) and actor.sees else {}
                 spec = DatasetSpec(
-                    observation=world.observation, action=world.action, labels=batch.labels, environment=source
+                    observation=world.observation, action=world.action, labels=batch.labels, environment=source | sees
                 )
                 before = written
                 written = writer.submit(_commit, path, spec, before or dataset, recorded, storage_options)

@@ -1,5 +1,7 @@
 """Logging policies, which collect data without reward or goal. Each episode has its own random generator.
 
+A policy receives observations only. A `SeeingPolicy`, such as an expert, also receives infos of the simulator.
+
 To add a policy, register a factory `factory(action_spec, **options) -> Policy` in `POLICIES`.
 """
 
@@ -12,8 +14,9 @@ from pydantic import Field, model_validator
 
 from worldloom.core.config import Config
 from worldloom.core.registry import Registry
-from worldloom.core.seams import Policy
+from worldloom.core.seams import Policy, SeeingPolicy
 from worldloom.core.types import ActionSpec, Observations
+from worldloom.envs import Frame
 
 OptionsT = TypeVar("OptionsT", bound=Config)
 PolicyType = Callable[[ActionSpec, OptionsT], Policy]
@@ -32,6 +35,16 @@ def register_policy(name: str, options: type[OptionsT]) -> Callable[[PolicyType[
         return policy
 
     return decorate
+
+
+def infos_for(policy: Policy, frame: Frame, name: str) -> dict[str, Float64[np.ndarray, "R L"]]:
+    """Return the infos of a frame that the policy `name` sees; empty for a policy that sees observations only.
+
+    Raises:
+        ConfigError: the environment lacks an info that the policy needs.
+    """
+    needed = policy.sees if isinstance(policy, SeeingPolicy) else ()
+    return {info: frame.numbers(info, f"the policy {name!r}") for info in needed}
 
 
 class DirectedWalkOptions(Config):

@@ -10,8 +10,9 @@ from jaxtyping import Float32, Int64
 from worldloom.core.errors import DataError, EnvironmentFailure
 from worldloom.core.progress import ProgressTask
 from worldloom.core.registry import nearest
-from worldloom.core.seams import Policy
+from worldloom.core.seams import Policy, SeeingPolicy
 from worldloom.core.types import ActionSpec, Episode, Observations
+from worldloom.data.policies import infos_for
 from worldloom.envs import VectorWorld
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class RecordingBatch:
         Raises:
             EnvironmentFailure: the environment failed; the message gives the episode and the step.
             DataError: the policy `name` failed or returned an action out of bounds, or a requested label is missing.
+            ConfigError: the environment lacks an info that the policy needs.
         """
         rows = np.arange(len(self._numbers))
         frame = self._world.reset(seeds, self._where)
@@ -52,9 +54,10 @@ class RecordingBatch:
         task.advance(len(rows))
         policy.reset(generators)
         latest = observations.map(lambda part: part.clone())
+        infos = infos_for(policy, frame, name)
         while self._step < self._steps and len(rows):
             self._step += 1
-            actions = self._actions_of(policy, latest, name)
+            actions = self._actions_of(policy, latest, infos, name)
             frame = self._world.step(actions, rows, by=f"policy {name!r}, ")
             observations = frame.observations
             self._actions[rows, self._step - 1] = _as_stored(actions[rows], self._world.action)
@@ -64,10 +67,16 @@ class RecordingBatch:
             for whole, part in ((latest.pixels, observations.pixels), (latest.vector, observations.vector)):
                 if whole is not None and part is not None:
                     whole[rows] = part
+            for info, values in infos_for(policy, frame, name).items():
+                infos[info][rows] = values
             rows = rows[~frame.over]
 
-    def _actions_of(self, policy: Policy, latest: Observations, name: str) -> np.ndarray:
+    def _actions_of(
+        self, policy: Policy, latest: Observations, infos: Mapping[str, np.ndarray], name: str
+    ) -> np.ndarray:
         try:
+            if isinstance(policy, SeeingPolicy):
+                policy.see(infos)
             return np.array(policy.act(latest), np.float32)
         except Exception as error:
             raise DataError(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float64
 
 from worldloom.core.errors import ConfigError, EnvironmentFailure
-from worldloom.core.seams import Policy, SafePolicy
+from worldloom.core.seams import Policy, SafePolicy, SeeingPolicy
 from worldloom.core.seeds import derive_seed
 from worldloom.core.types import Goal, Observations
 from worldloom.envs import Frame, VectorWorld
@@ -202,7 +202,7 @@ def _follow_policy(
     guard: Callable[[Policy], SafePolicy] | None,
 ) -> Iterator[_Drawn | None]:
     """Run the logging policy for one episode per environment; yield None for episodes that ended before the goal."""
-    from worldloom.data import POLICIES
+    from worldloom.data import POLICIES, infos_for
 
     seeds = [protocol.episode_seed(split, first + row) for row in range(world.size)]
     policy: Policy = POLICIES[protocol.policy](world.action, **protocol.policy_options)
@@ -232,6 +232,8 @@ def _follow_policy(
             break
         if safe is not None:
             tell_applied(world, safe.resume)
+        if isinstance(policy, SeeingPolicy):
+            policy.see(infos_for(policy, frame, protocol.policy))
         actions = policy.act(frame.observations)
         taken.append(actions)
         frame = world.step(actions, everyone, limited=None if safe is None else safe.limited)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.agents import PlannedMethod
+from worldloom.core.errors import ConfigError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.hardware import set_threads
 from worldloom.evaluation import LOGS, PROTOCOLS, RULES, Results, field_title
@@ -32,9 +33,10 @@ OFFSETS = (25, 50, 100)
 SEEDS = (0, 1, 2)
 # All searches have the same budget, whatever their recipes say: 300 candidates, 10 iterations, 30 elites.
 SOLVER = CEM(samples=300, iterations=10, elites=30)
+# The recipes' default methods are their best searches, but tree search has no such budget.
+SEARCH_OF = {"two-room": "CEM, latent L2"}
 # Each training seed is evaluated on its own pairs. No setting was chosen on the seeds of this root.
 EVALUATION_SEED = 1000
-EPISODES = 100
 SEARCH, WITHOUT, CLONING, RANDOM = METHODS = ("search", "without search", "behaviour cloning", "random")
 WITHOUT_SEARCH = "reactive policy"  # the recipes' best method without search
 
@@ -101,13 +103,23 @@ Measure = Callable[[list[Cell]], Results]
 
 
 def measure_missing(cells: Iterable[Cell], folder: Path, measure: Measure) -> int:
-    """Measure the cells without a valid file, those with the same pairs together; return how many were measured."""
+    """Measure the cells without a valid file, those with the same pairs together; return how many were measured.
+
+    Raises:
+        ConfigError: the results are not from the protocol of the cells.
+    """
     missing = sorted((cell for cell in cells if cell.read(folder) is None), key=_training)
     folder.mkdir(parents=True, exist_ok=True)
     groups = itertools.groupby(missing, key=lambda cell: (_training(cell), cell.offset, cell.rule))
     for _, group in groups:
         together = list(group)
         results = measure(together)
+        expected = PROTOCOLS[together[0].protocol]
+        if results.protocol.fingerprint != expected.fingerprint:
+            raise ConfigError(
+                f"expected results under {expected.title} ({expected.fingerprint}); got {results.protocol.title} "
+                f"({results.protocol.fingerprint}). Make the recipe collect from the protocol's world"
+            )
         row_of = {row["method"]: row for row in results.to_json()["rows"]}
         for cell in together:
             write_json(cell.path(folder), {"command": COMMAND, **asdict(cell), **_slim(row_of[cell.method])})
@@ -126,8 +138,8 @@ def _slim(row: dict[str, Any]) -> dict[str, Any]:
 def field_recipe(world: str, log: str, seed: int) -> Recipe:
     """Return the recipe of a world, with the table's methods, the logging policy of `log`, and one seed for all."""
     recipe = load_recipe(RECIPES[world])
-    search = recipe.method()
-    assert isinstance(search, PlannedMethod), f"the default method of the recipe {recipe.name} does not search"
+    search = recipe.method(SEARCH_OF.get(world))
+    assert isinstance(search, PlannedMethod), f"the method of the recipe {recipe.name} does not search"
     methods = {
         SEARCH: search.model_copy(update={"solver": SOLVER}),
         WITHOUT: recipe.method(WITHOUT_SEARCH),
@@ -156,7 +168,6 @@ def train_and_evaluate(cells: list[Cell], runs: Path) -> Results:
         protocol=first.protocol,
         methods=[cell.method for cell in cells],
         seed=EVALUATION_SEED + first.seed,
-        episodes=EPISODES,
         progress=progress(),
     )
 

@@ -40,7 +40,7 @@ def measured_tables(folder: Path) -> str:
         title = f"### {world}, {log} logs\n"
         parts.append("\n".join([title, *map(_line, (header, ["---"] * len(header), *rows)), ""]))
         if mine:
-            parts.append(_hardware(mine))
+            parts.append(f"{_latencies(mine)} {_hardware(mine)}")
     return "\n".join(parts)
 
 
@@ -90,10 +90,16 @@ def _pooled(cells: list[tuple[Cell, dict[str, Any]]]) -> SuccessRate | None:
 
 def _success(rate: SuccessRate, cells: list[tuple[Cell, dict[str, Any]]]) -> str:
     low, high = rate.interval
-    text = f"{100 * rate.rate:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
-    single = [f"{100 * value['successes'] / value['n']:.0f}" for _, value in cells]
-    times = [value["latency"]["mean_ms"] for _, value in cells if value["latency"]]
-    return f"{text}; models {', '.join(single)}" + (f"; {sum(times) / len(times):.2g} ms" if times else "")
+    single = [100 * value["successes"] / value["n"] for _, value in cells]
+    return f"{100 * rate.rate:.1f}% [{100 * low:.1f}, {100 * high:.1f}], models {min(single):.0f} to {max(single):.0f}"
+
+
+def _latencies(cells: list[tuple[Cell, dict[str, Any]]]) -> str:
+    parts = []
+    for method in METHODS:
+        times = [value["latency"]["mean_ms"] for cell, value in cells if cell.method == method and value["latency"]]
+        parts += [f"{method} {sum(times) / len(times):.2g}"] if times else []
+    return f"Milliseconds per decision and environment: {', '.join(parts)}."
 
 
 def _hardware(cells: list[tuple[Cell, dict[str, Any]]]) -> str:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from worldloom.core.errors import ConfigError
+from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.seams import Agent
 from worldloom.core.types import Goal, Observations
 from worldloom.envs import Frame
@@ -205,6 +205,20 @@ def test_pairs_can_be_restricted_to_different_sides_of_a_line() -> None:
 def test_a_world_that_lacks_what_the_rule_needs_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         evaluate(track(**changes), {"m": lambda: Shuttle(9)})
+
+
+class TwoHands(Shuttle):
+    """Returns one value too many for the world."""
+
+    def act(self, observations: Observations) -> torch.Tensor:
+        return super().act(observations).repeat(1, 2)
+
+
+def test_actions_for_another_world_are_named() -> None:
+    with pytest.raises(
+        DataError, match="'m' returned actions of 2 values; tests/Track-v0 expects 1. Choose a protocol"
+    ):
+        evaluate(track(), {"m": lambda: TwoHands(9)})
 
 
 def test_the_fields_protocols_are_one_catalogue() -> None:

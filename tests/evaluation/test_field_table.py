@@ -1,5 +1,6 @@
 """The field's table: cells are files of their own, measuring resumes, and the page shows what was not run."""
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from worldloom.core.errors import ConfigError
 from worldloom.core.files import write_json
-from worldloom.evaluation import PROTOCOLS, EpisodeResult, Results, Row, field_title
+from worldloom.evaluation import PROTOCOLS, EpisodeResult, Latency, Results, Row, field_title
 
 ROOT = Path(__file__).parents[2]
 RATES = {"search": 80, "without search": 60, "behaviour cloning": 30, "random": 10}
@@ -38,7 +40,8 @@ def stub(cells: list[Any], pairs: str = "") -> Results:
                           task=f"{cell.seed} {i} {pairs}")
             for i in range(100)
         ]  # fmt: skip
-        rows.append(Row(method=cell.method, split=split, episodes=tuple(episodes)))
+        latency = Latency.of("act", [0.4], [100])
+        rows.append(Row(method=cell.method, split=split, episodes=tuple(episodes), latency=latency))
     hardware = {"processor": "a processor", "threads": 2}
     return Results(protocol=protocol, rows=tuple(rows), hardware=hardware, model="c0ffee", training_seed=first.seed)
 
@@ -83,6 +86,20 @@ def test_a_cell_of_an_older_protocol_counts_as_missing(field: ModuleType, tmp_pa
     assert "reacher-25-moderate@1: 3 of 4; missing: search 0" in field.listing(cells, tmp_path)
 
 
+def test_results_under_other_conventions_are_not_stored(field: ModuleType, tmp_path: Path) -> None:
+    cells = field.chosen(field.all_cells(), ["world=reacher", "log=weak", "rule=moderate", "offset=25", "seed=0"])
+
+    def shorter(together: list[Any]) -> Results:
+        results = stub(together)
+        return dataclasses.replace(results, protocol=results.protocol.customise(budget=10))
+
+    with pytest.raises(
+        ConfigError, match=r"expected results under reacher-25-moderate@1 .* got reacher-25-moderate-cus"
+    ):
+        field.measure_missing(cells, tmp_path, shorter)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -123,10 +140,11 @@ def test_the_page_shows_pooled_rates_the_floor_and_what_was_not_run(
     (line,) = [line for line in section.splitlines() if line.startswith("| 25 steps | historical |")]
     fields = [cell.strip() for cell in line.strip("|").split("|")]
     assert fields[2:4] == ["300", "5.0%"]
-    assert fields[4].startswith("80.0% [75.1, 84.1]; models 80, 80, 80")
+    assert fields[4].startswith("80.0% [75.1, 84.1], models 80 to 80")
     assert fields[8].startswith("77.8% [")  # (0.8 - 0.1) / (1 - 0.1)
     assert section.count("not run") == 8 * 7
     assert "Measured on a processor, 2 threads." in section
+    assert "Milliseconds per decision and environment: search 4, without search 4" in section
     assert "### cube, expert logs" in text
     # Cells on other pairs are not compared.
     (other,) = [cell for cell in cells if (cell.method, cell.seed) == ("random", 1)]

@@ -1,10 +1,20 @@
 """Evaluation: benchmarks with named conventions, success rates with intervals, and results as files."""
 
-from worldloom.evaluation.catalogue import PROTOCOLS, default_protocol, gym_protocol, register_protocol
+from worldloom.evaluation.catalogue import (
+    FIELD,
+    LOGS,
+    PROTOCOLS,
+    RULES,
+    FieldWorld,
+    default_protocol,
+    field_title,
+    gym_protocol,
+    register_protocol,
+)
 from worldloom.evaluation.foreign import ForeignPolicy, InfoPolicy, LentPolicy
 from worldloom.evaluation.goals import draw_tasks
 from worldloom.evaluation.intervals import wilson_interval
-from worldloom.evaluation.protocol import Changes, Condition, Limit, Protocol, Split, SuccessRule
+from worldloom.evaluation.protocol import Changes, Condition, Crossing, Limit, Protocol, Split, SuccessRule
 from worldloom.evaluation.results import (
     DistanceBins,
     EpisodeResult,
@@ -22,12 +32,17 @@ from worldloom.evaluation.runner import Witness, evaluate, explore
 from worldloom.evaluation.world import ActingRules, Worlds, naming, open_world
 
 __all__ = [
+    "FIELD",
+    "LOGS",
     "PROTOCOLS",
+    "RULES",
     "ActingRules",
     "Changes",
     "Condition",
+    "Crossing",
     "DistanceBins",
     "EpisodeResult",
+    "FieldWorld",
     "ForeignPolicy",
     "InfoPolicy",
     "Latency",
@@ -48,6 +63,7 @@ __all__ = [
     "draw_tasks",
     "evaluate",
     "explore",
+    "field_title",
     "gym_protocol",
     "naming",
     "open_world",

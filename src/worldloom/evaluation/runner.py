@@ -214,10 +214,12 @@ class _MethodRun:
         film = _Film(self.protocol, tasks, self.record)
         actions = _middle(world.action, size)
         ended: dict[int, EpisodeResult] = {}
-        broken = np.zeros(size, np.int64)
+        broken, satisfied = np.zeros(size, np.int64), np.zeros(size, np.int64)
         step = 0
         while True:
-            reached, distance = _verdict(self.protocol, tasks, world, frame)
+            now, distance = _verdict(self.protocol, tasks, world, frame)
+            satisfied[frame.rows] = np.where(now, satisfied[frame.rows] + 1, 0)
+            reached = satisfied[frame.rows] >= self.protocol.success.hold
             broken[frame.rows] += _broken(self.protocol, frame)
             film.add(frame)
             if self.witness is not None:
@@ -359,7 +361,7 @@ class _Clock:
 def _verdict(
     protocol: protocols.Protocol, tasks: Tasks, world: VectorWorld, frame: Frame
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return which rows have succeeded, and each row's distance to the goal (None if distances are not measured)."""
+    """Return which rows satisfy the success rule now, and each row's distance to the goal (None if not measured)."""
     values = measured(protocol, world, frame)
     if values is None or tasks.target is None:
         for name in ("success", "is_success"):

@@ -30,8 +30,8 @@ class CubeEnv(gymnasium.Env[Any, Any]):
     yaw; the gripper's closing in [0, 1], times 3; the gripper's contact in [0, 1]; the cube's position (3, in the units
     of the effector's position), quaternion (4), and cos and sin of the cube's yaw. Action: 5 values in [-1, 1],
     relative to the effector: x, y, z (5 cm), yaw (0.3 rad), closing of the gripper (1). Infos: `block` and `effector`
-    (x, y, z) in metres. Arm and cube start anywhere within OGBench's bounds. Episodes do not end by themselves. Images
-    are rendered only if observed.
+    (x, y, z) in metres, `quaternion` (w, x, y, z) of the cube. Arm and cube start anywhere within OGBench's bounds.
+    Episodes do not end by themselves. Images are rendered only if observed.
 
     Raises:
         EnvironmentFailure: `ogbench` is not installed, an argument is out of range, or pixels are requested and no
@@ -89,6 +89,7 @@ class CubeEnv(gymnasium.Env[Any, Any]):
 def _infos(told: dict[str, Any]) -> dict[str, Any]:
     return {
         "block": told["privileged/block_0_pos"].astype(np.float32),
+        "quaternion": told["privileged/block_0_quat"].astype(np.float32),
         "effector": told["proprio/effector_pos"].astype(np.float32),
     }
 

@@ -1,11 +1,22 @@
 """Evaluation: benchmarks with named conventions, success rates with intervals, and results as files."""
 
-from worldloom.evaluation.catalogue import PROTOCOLS, default_protocol, gym_protocol, register_protocol
+from worldloom.evaluation.catalogue import (
+    FIELD,
+    LOGS,
+    PROTOCOLS,
+    RULES,
+    FieldWorld,
+    default_protocol,
+    field_title,
+    gym_protocol,
+    register_protocol,
+)
 from worldloom.evaluation.foreign import ForeignPolicy, InfoPolicy, LentPolicy
 from worldloom.evaluation.goals import draw_tasks
-from worldloom.evaluation.intervals import wilson_interval
-from worldloom.evaluation.protocol import Changes, Condition, Limit, Protocol, Split, SuccessRule
+from worldloom.evaluation.intervals import above_floor, wilson_interval
+from worldloom.evaluation.protocol import Changes, Condition, Crossing, Limit, Protocol, Split, SuccessRule
 from worldloom.evaluation.results import (
+    FLOOR,
     DistanceBins,
     EpisodeResult,
     Latency,
@@ -15,6 +26,8 @@ from worldloom.evaluation.results import (
     Results,
     Row,
     SuccessRate,
+    above_text,
+    floor_of,
     pool,
     table_rows,
 )
@@ -22,12 +35,18 @@ from worldloom.evaluation.runner import Witness, evaluate, explore
 from worldloom.evaluation.world import ActingRules, Worlds, naming, open_world
 
 __all__ = [
+    "FIELD",
+    "FLOOR",
+    "LOGS",
     "PROTOCOLS",
+    "RULES",
     "ActingRules",
     "Changes",
     "Condition",
+    "Crossing",
     "DistanceBins",
     "EpisodeResult",
+    "FieldWorld",
     "ForeignPolicy",
     "InfoPolicy",
     "Latency",
@@ -44,10 +63,14 @@ __all__ = [
     "SuccessRule",
     "Witness",
     "Worlds",
+    "above_floor",
+    "above_text",
     "default_protocol",
     "draw_tasks",
     "evaluate",
     "explore",
+    "field_title",
+    "floor_of",
     "gym_protocol",
     "naming",
     "open_world",

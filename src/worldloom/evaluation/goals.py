@@ -17,6 +17,7 @@ from worldloom.evaluation.protocol import Protocol
 from worldloom.evaluation.world import naming, tell_applied
 
 _CANDIDATES = 20  # maximum number of seeds tried per logged goal
+_CROSSING_CANDIDATES = 500  # ... if start and goal must lie on different sides of a line: 1% of short walks cross it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,19 +148,22 @@ def _logged_tasks(
     guard: Callable[[Policy], SafePolicy] | None,
 ) -> tuple[Tasks, int]:
     drawn: list[_Drawn] = []
-    index = first
+    index, most = first, _CANDIDATES if protocol.crossing is None else _CROSSING_CANDIDATES
     while len(drawn) < world.size:
-        if index - first >= _CANDIDATES * world.size:
+        if index - first >= most * world.size:
             raise ConfigError(
                 f"{where}: only {len(drawn)} of {index - first} goals of the policy {protocol.policy!r} are more than "
-                f"{protocol.least_distance} from their starts; use a larger goal_offset or a smaller tolerance"
+                f"{protocol.least_distance} from their starts"
+                f"{'' if protocol.crossing is None else ' and on the other side of the line'}; use a larger "
+                f"goal_offset or a smaller tolerance"
             )
         for candidate in _follow_policy(protocol, split, world, index, where, guard):
             index += 1
             if candidate is None:
                 continue
             least = protocol.least_distance
-            if least is None or candidate.distance is None or candidate.distance > least:
+            far = least is None or candidate.distance is None or candidate.distance > least
+            if far and candidate.crosses:
                 drawn.append(candidate)
             if len(drawn) == world.size:
                 break
@@ -191,6 +195,7 @@ class _Drawn:
     goal: Observations
     target: np.ndarray | None
     distance: float | None
+    crosses: bool  # whether start and goal lie on different sides of the protocol's line; True without a line
 
 
 def _follow_policy(
@@ -213,7 +218,7 @@ def _follow_policy(
     assert offset is not None
     begins = np.array([protocol.start_steps(split, first + row) for row in range(world.size)])
     frame = world.reset(seeds, naming(world, seeds, where))
-    starts: list[tuple[Observations, np.ndarray | None] | None] = [None] * world.size
+    starts: list[tuple[Observations, np.ndarray | None, int] | None] = [None] * world.size
     goals = list(starts)
     taken: list[np.ndarray] = []
     everyone = frame.rows
@@ -221,8 +226,9 @@ def _follow_policy(
     for step in range(int(begins.max()) + offset + 1):
         reached = frame[running]
         vectors = measured(protocol, world, reached)
+        sides = np.zeros(len(reached.rows), np.int64) if protocol.crossing is None else protocol.crossing.side(reached)
         for index, row in enumerate(reached.rows):
-            seen = reached.observations[index], None if vectors is None else vectors[index]
+            seen = reached.observations[index], None if vectors is None else vectors[index], int(sides[index])
             if step == begins[row]:
                 starts[row] = seen
             elif begins[row] < step <= begins[row] + offset:
@@ -251,6 +257,7 @@ def _follow_policy(
             goal=goal[0],
             target=goal[1],
             distance=distance,
+            crosses=protocol.crossing is None or start[2] * goal[2] < 0,
         )
 
 

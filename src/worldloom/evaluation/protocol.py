@@ -4,10 +4,10 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Annotated, Any, Literal, TypedDict, Unpack
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int64
 from pydantic import Field, model_validator
 
 from worldloom.core.config import Config
@@ -17,11 +17,15 @@ from worldloom.core.registry import nearest
 from worldloom.core.seeds import derive_seed
 from worldloom.envs import Frame
 
+NonNegative = Annotated[float, Field(ge=0)]
+
 
 class Condition(Config):
     """A further named vector of `size` values that must come within its own `radius` of the same vector at the goal.
 
-    With a `period`, differences are taken around a circle of this circumference: 2 pi for an angle in radians.
+    With a `period`, differences are taken around a circle of this circumference: 2 pi for an angle in radians. With
+    `symmetry="cube"`, the vector is a quaternion (w, x, y, z), and its distance is the angle of the smallest rotation,
+    in radians, between two cubes that look the same in 24 orientations.
     """
 
     name: str = Field(min_length=1)
@@ -29,10 +33,28 @@ class Condition(Config):
     unit: str = ""
     size: int = Field(default=1, ge=1)
     period: float = Field(default=0.0, ge=0)
+    symmetry: Literal["", "cube"] = ""
+
+    @model_validator(mode="after")
+    def _quaternion(self) -> "Condition":
+        if self.symmetry and (self.size != 4 or self.period):
+            raise ValueError(
+                f"'symmetry' needs a quaternion: size 4 and no period; got size {self.size} and period "
+                f"{self.period:g}. Change these, or remove 'symmetry'"
+            )
+        return self
+
+    def distance(
+        self, values: Float[np.ndarray, "*rows C"], goal: Float[np.ndarray, "*rows C"]
+    ) -> Float[np.ndarray, "*rows"]:
+        """Return the distance between vectors and the goal's vectors."""
+        if self.symmetry:
+            return _cube_angle(values, goal)
+        return np.asarray(np.linalg.norm(_around(values - goal, self.period), axis=-1))
 
     def describe(self) -> str:
         """Return the condition as text."""
-        around = _circle(self.period)
+        around = " (as a quaternion, up to the 24 rotations of a cube)" if self.symmetry else _circle(self.period)
         return f"the distance of '{self.name}'{around} is at most {_quantity(self.radius, self.unit)}"
 
 
@@ -44,7 +66,8 @@ class SuccessRule(Config):
     vector if `name` is empty). With `source="named"` it is the info or the part, whichever has the name. Several names
     joined by "+" form one vector. The conditions `also` must be satisfied at the same step. With `largest`, the largest
     difference of any value replaces the Euclidean distance. With a `period`, differences are taken around a circle of
-    this circumference.
+    this circumference; a list has the period of each value, and 0 for a value on a line. With `hold`, the rule must be
+    satisfied at so many consecutive steps, and the last of them is the step of the success.
     """
 
     source: Literal["named", "info", "observation", "environment"] = "named"
@@ -52,8 +75,9 @@ class SuccessRule(Config):
     radius: float = Field(default=0.0, ge=0)
     unit: str = ""
     largest: bool = False
-    period: float = Field(default=0.0, ge=0)
+    period: NonNegative | tuple[NonNegative, ...] = 0.0
     also: tuple[Condition, ...] = ()
+    hold: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _named(self) -> "SuccessRule":
@@ -75,9 +99,21 @@ class SuccessRule(Config):
         """Return the vectors of the rule, joined.
 
         Raises:
-            ConfigError: the world has no vector of this name.
+            ConfigError: the world has no vector of this name, or one with another number of values.
         """
-        return frame.vector(self.names, self.source, "the success rule")
+        parts = [frame.vector((name,), self.source, "the success rule") for name in self.names]
+        first = len(parts) - len(self.also)
+        own = sum(part.shape[1] for part in parts[:first])
+        periods = len(self.period) if isinstance(self.period, tuple) else own
+        sizes = [(self.name, periods, own)]
+        sizes += [(each.name, each.size, part.shape[1]) for each, part in zip(self.also, parts[first:], strict=True)]
+        for name, expected, got in sizes:
+            if got != expected:
+                raise ConfigError(
+                    f"the success rule needs {name!r} with {expected} values; this environment returns {got}. Choose a "
+                    f"protocol for this environment"
+                )
+        return np.concatenate(parts, axis=1)
 
     def distance(
         self, values: Float[np.ndarray, "*#rows L"], goal: Float[np.ndarray, "*#rows L"]
@@ -87,16 +123,15 @@ class SuccessRule(Config):
         With further conditions, it is the largest of the rule's own distance and the conditions' distances. A
         condition's distance is scaled by `radius` / (the condition's radius).
         """
-        difference = values - goal
-        end = difference.shape[-1]
-        worst = np.zeros(difference.shape[:-1])
+        values, goal = np.broadcast_arrays(values, goal)
+        end = values.shape[-1]
+        worst = np.zeros(values.shape[:-1])
         for condition in reversed(self.also):
             begin = end - condition.size
-            part = difference[..., begin:end]
-            away = np.linalg.norm(_around(part, condition.period), axis=-1)
+            away = condition.distance(values[..., begin:end], goal[..., begin:end])
             worst = np.maximum(worst, away * (self.radius / condition.radius))
             end = begin
-        first = _around(difference[..., :end], self.period)
+        first = _around(values[..., :end] - goal[..., :end], self.period)
         away = np.abs(first).max(axis=-1) if self.largest else np.linalg.norm(first, axis=-1)
         return np.asarray(np.maximum(worst, away))
 
@@ -134,17 +169,53 @@ class SuccessRule(Config):
 
     def describe(self) -> str:
         """Return the rule as text."""
+        held = f"; held for {self.hold} consecutive steps, the last of which counts" if self.hold > 1 else ""
         if self.source == "environment":
             return (
                 "the environment decides by its info 'success', by its info 'is_success' if it has no 'success', or "
-                "by 'terminated' if it has neither"
+                f"by 'terminated' if it has neither{held}"
             )
         place = "info or observation" if self.source == "named" else self.source
         what = f"'{self.name}' ({place})" if self.name else "the observation vector"
         measure = "largest difference of a value" if self.largest else "Euclidean distance"
         text = f"the {measure} from {what} to the same vector at the goal{_circle(self.period)}"
         first = f"{text} is at most {_quantity(self.radius, self.unit)}"
-        return "; ".join([first, *(f"and {condition.describe()}" for condition in self.also)])
+        return "; ".join([first, *(f"and {condition.describe()}" for condition in self.also)]) + held
+
+
+class Crossing(Config):
+    """Pairs of start and goal that lie on different sides of a line: value `index` of the info `name` equals `at`.
+
+    Both are at least `clearance` away from the line.
+    """
+
+    name: str = Field(min_length=1)
+    index: int = Field(default=0, ge=0)
+    at: float
+    clearance: float = Field(default=0.0, ge=0)
+    unit: str = ""
+
+    def side(self, frame: Frame) -> Int64[np.ndarray, "R"]:
+        """Return -1 or 1 for the side of each row, and 0 nearer to the line than `clearance`.
+
+        Raises:
+            ConfigError: the world has no info of this name, or one with fewer values.
+        """
+        values = frame.numbers(self.name, "the protocol's choice of pairs")
+        if values.shape[1] <= self.index:
+            raise ConfigError(
+                f"the protocol's choice of pairs needs value {self.index} of {self.name!r}; this environment returns "
+                f"{values.shape[1]} values. Choose a protocol for this environment"
+            )
+        away = values[:, self.index] - self.at
+        return np.where(np.abs(away) < self.clearance, 0, np.sign(away)).astype(np.int64)
+
+    def describe(self) -> str:
+        """Return the restriction as text."""
+        return (
+            f"start and goal lie on different sides of the line where value {self.index} of '{self.name}' (info) is "
+            f"{_quantity(self.at, self.unit)}, each at least {_quantity(self.clearance, self.unit)} away from it"
+        )
 
 
 class Limit(Config):
@@ -205,7 +276,9 @@ class Protocol(Config):
     multiple of the shortest path if the world provides it. `min_distance` is the minimum distance between start and
     goal, as the success rule measures it; by default, logged goals are farther away than the rule's radius. With
     `count_solved`, logged goals that the start already satisfies are kept and count as successes, as is common in the
-    field. The reset seeds of the episodes depend only on `seed`, the split, and the protocol's name and version.
+    field. With a `crossing`, logged pairs on one side of its line are skipped. The reset seeds of the episodes depend
+    only on `seed`, the split, and the protocol's name and version; with `pairs_of`, this name replaces the protocol's
+    own, so that protocols which differ in what they skip draw from the same pairs.
     Episodes that break one of the `limits` are counted, and continue. `pictures` says how the world's pictures are
     stored, if this is not clear from the observation space.
     """
@@ -223,6 +296,8 @@ class Protocol(Config):
     limits: tuple[Limit, ...] = ()
     min_distance: float | None = Field(default=None, ge=0)
     count_solved: bool = False
+    crossing: Crossing | None = None
+    pairs_of: str = ""
     budget: int | None = Field(default=None, ge=1)
     budget_over_shortest: float | None = Field(default=None, gt=0)
     frame_skip: int = Field(default=1, ge=1)
@@ -247,10 +322,16 @@ class Protocol(Config):
                     f"split {name!r} has goal_offset {split.goal_offset} and start_steps {split.start_steps}, which "
                     f"only goals of the logging policy use. Set goal_source 'logged-policy', or remove both"
                 )
-        if self.count_solved and (not logged or self.min_distance is not None):
+        if self.crossing is not None and not logged:
             raise ValueError(
-                f"'count_solved' needs goal_source 'logged-policy' and no min_distance; got {self.goal_source!r} and "
-                f"min_distance {self.min_distance}. Change these, or remove 'count_solved'"
+                f"'crossing' needs goal_source 'logged-policy'; got {self.goal_source!r}. Change it, or remove "
+                f"'crossing'"
+            )
+        if self.count_solved and (not logged or self.min_distance is not None or self.success.hold > 1):
+            raise ValueError(
+                f"'count_solved' needs goal_source 'logged-policy', no min_distance and hold 1; got "
+                f"{self.goal_source!r}, min_distance {self.min_distance} and hold {self.success.hold}. Change these, "
+                f"or remove 'count_solved'"
             )
         if logged and self.budget is None:
             raise ValueError(
@@ -272,7 +353,12 @@ class Protocol(Config):
         for name in ("largest", "period", "also"):
             if not getattr(self.success, name):
                 del values["success"][name]
-        for name in ("count_solved", "limits", "pictures"):
+        if self.success.hold == 1:
+            del values["success"]["hold"]
+        for condition in values["success"].get("also", ()):
+            if not condition["symmetry"]:
+                del condition["symmetry"]
+        for name in ("count_solved", "limits", "pictures", "crossing", "pairs_of"):
             if not getattr(self, name):
                 del values[name]
         for split in values["splits"].values():
@@ -300,7 +386,8 @@ class Protocol(Config):
 
         The seed is below 2**31, so that every simulator accepts it and every JSON reader keeps it exactly.
         """
-        return derive_seed(self.seed, "evaluation", self.name, self.version, split, index) % 2**31
+        name = self.pairs_of or self.name
+        return derive_seed(self.seed, "evaluation", name, self.version, split, index) % 2**31
 
     def start_steps(self, split: str, index: int) -> int:
         """Return the number of steps for which the logging policy acts before the start of one episode."""
@@ -356,7 +443,8 @@ class Protocol(Config):
             f"Splits: {counts}.",
             *self._describe_goals(),
             f"Seeds: root {self.seed}; each episode's seed comes from the stream 'evaluation', which neither "
-            f"collection nor training uses. All methods have the same starts and goals.",
+            f"collection nor training uses. All methods have the same starts and goals."
+            + (f" The pairs are drawn in the order of {self.pairs_of}@{self.version}." if self.pairs_of else ""),
             f"Success: {self.success.describe()}. It counts at any step within the budget, including the start, and "
             f"ends the episode. Termination and truncation also end it.",
             *(
@@ -411,8 +499,12 @@ class Protocol(Config):
             f"'{self.policy}'{options}{lead} acts ({offsets}, or fewer if the world ends the episode); the frame "
             f"that it reaches is the goal. The world is reset with the same seed{again} and the agent acts."
         )
-        if self.least_distance is not None:
+        if self.min_distance is not None:
             lines += f"{least} Closer pairs are skipped, and the next seed is used."
+        elif self.least_distance is not None:
+            lines += " Goals that the start already satisfies are skipped, and the next seed is used."
+        if self.crossing is not None:
+            lines += f" In all pairs, {self.crossing.describe()}; others are skipped too."
         if self.count_solved:
             lines += (
                 " Goals that the start already satisfies are included and count as successes, as in published figures; "
@@ -421,12 +513,39 @@ class Protocol(Config):
         return [lines]
 
 
-def _around(difference: np.ndarray, period: float) -> np.ndarray:
+def _around(difference: np.ndarray, period: float | tuple[float, ...]) -> np.ndarray:
     """Return the differences; with a period, along the shorter arc of the circle."""
+    if isinstance(period, tuple):
+        columns = [_around(difference[..., index], each) for index, each in enumerate(period)]
+        return np.stack(columns, axis=-1)
     return (difference + period / 2) % period - period / 2 if period else difference
 
 
-def _circle(period: float) -> str:
+def _cube_angle(values: Float[np.ndarray, "*rows 4"], goal: Float[np.ndarray, "*rows 4"]) -> Float[np.ndarray, "*rows"]:
+    """Return the angle in radians of the smallest rotation from each orientation to the goal's, for a plain cube.
+
+    Orientations are quaternions (w, x, y, z), which need not have length 1. A rotation by `2 acos(|w|)` becomes smaller
+    if one of the cube's 24 rotations follows; the largest |w| of the 24 products is given by Grimmer, "Disorientations
+    and coincidence rotations for cubic lattices" (1974).
+    """
+    tiny = np.finfo(np.float64).tiny
+    first, second = (each / np.maximum(np.linalg.norm(each, axis=-1, keepdims=True), tiny) for each in (goal, values))
+    (a, b, c, d), (w, x, y, z) = np.moveaxis(first, -1, 0), np.moveaxis(second, -1, 0)
+    # The rotation between the two, conj(goal) * value, as absolute values in descending order.
+    between = [
+        a * w + b * x + c * y + d * z,
+        a * x - b * w - c * z + d * y,
+        a * y + b * z - c * w - d * x,
+        a * z - b * y + c * x - d * w,
+    ]
+    e = np.sort(np.abs(np.stack(between)), axis=0)[::-1]
+    largest = np.max([e[0], (e[0] + e[1]) / math.sqrt(2), e.sum(axis=0) / 2], axis=0)
+    return np.asarray(2 * np.arccos(np.clip(largest, 0.0, 1.0)))
+
+
+def _circle(period: float | tuple[float, ...]) -> str:
+    if isinstance(period, tuple):
+        return f" (around circles of {', '.join(f'{each:.4g}' for each in period)}; 0 is a line)" if any(period) else ""
     return f" (around a circle of {period:.4g})" if period else ""
 
 

@@ -1,4 +1,4 @@
-"""Generates benchmarks/RESULTS.md from benchmarks/results/. Run it after the other benchmarks.
+"""Generates benchmarks/RESULTS.md and the tables of docs/field.md. Run it after the other benchmarks.
 
 python benchmarks/render.py
 """
@@ -6,6 +6,8 @@ python benchmarks/render.py
 import json
 from pathlib import Path
 from typing import Any
+
+from field_page import write_page
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -72,6 +74,7 @@ def main() -> None:
     if path.exists():
         parts.append(checking(json.loads(path.read_text())))
     (Path(__file__).parent / "RESULTS.md").write_text("\n".join(parts))
+    write_page()
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -142,9 +142,9 @@ def test_goals_solved_at_the_start_are_counted_and_said(tmp_path: Path) -> None:
     assert results.rows[0].solved_at_start == results.to_json()["rows"][0]["solved_at_start"] == solved
     report = tmp_path / "report.html"
     write_report(report, results)
-    assert f"({solved} of 12 solved at the start)" in report.read_text()
+    assert f"({solved} of 12, {solved / 12:.1%}, solved at the start)" in report.read_text()
     head = table_rows(results)[0][1]
-    assert f", {solved} solved at the start" in head
+    assert f", {solved / 12:.1%} solved at the start" in head
     strict = Protocol.parse({**wide, "count_solved": False})
     assert not [e for e in evaluate(strict, {"still": Still}, record=0).rows[0].episodes if e.success and not e.steps]
 

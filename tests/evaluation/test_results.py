@@ -204,3 +204,29 @@ def test_the_table_has_a_row_for_each_method_and_a_column_for_each_split(results
     assert rows[0][1] == "100.0% [75.8, 100.0]"
     assert rows[1][1] == "0.0% [0.0, 24.2]"
     assert all(len(cells) == len(header) for cells in rows)
+
+
+def test_a_floor_is_taken_off_in_every_table(protocol: Protocol, agents: dict[str, Any]) -> None:
+    results = evaluate(protocol.customise(budget=6), {"random": agents["still"], "homing": agents["homing"]})
+    header, random, homing = table_rows(results)
+    assert header[3] == "above the floor"
+    assert random[3].split(" / ")[0].startswith("0.0% [")
+    rate = results.row("homing", "far").overall
+    assert homing[3].split(" / ")[0].startswith(f"{rate.rate:.1%} [")  # the floor is 0
+    value = results.to_json()["rows"][1]
+    assert (value["method"], value["floor"]) == ("homing", 0.0)
+    assert value["above_floor"]["rate"] == pytest.approx(rate.rate)
+    pooled = pool([results, results]).to_json()["rows"][1]
+    assert pooled["above_floor"]["rate"] == pytest.approx(rate.rate)
+    assert pooled["above_floor"]["interval"][0] > value["above_floor"]["interval"][0]
+    assert "above the floor" not in table_rows(evaluate(protocol, {"homing": agents["homing"]}))[0]
+
+
+def test_equal_pairs_have_equal_digests(protocol: Protocol, agents: dict[str, Any]) -> None:
+    def pairs(some: Protocol) -> set[str]:
+        return {row["pairs"] for row in evaluate(some, agents, record=0).to_json()["rows"] if row["split"] == "far"}
+
+    first = pairs(protocol)
+    assert len(first) == 1
+    assert pairs(protocol.customise(budget=3).model_copy(update={"pairs_of": "dots"})) == first
+    assert pairs(protocol.customise(seed=1)) != first

@@ -13,9 +13,10 @@ from worldloom.evaluation.catalogue import (
 )
 from worldloom.evaluation.foreign import ForeignPolicy, InfoPolicy, LentPolicy
 from worldloom.evaluation.goals import draw_tasks
-from worldloom.evaluation.intervals import wilson_interval
+from worldloom.evaluation.intervals import above_floor, wilson_interval
 from worldloom.evaluation.protocol import Changes, Condition, Crossing, Limit, Protocol, Split, SuccessRule
 from worldloom.evaluation.results import (
+    FLOOR,
     DistanceBins,
     EpisodeResult,
     Latency,
@@ -25,6 +26,8 @@ from worldloom.evaluation.results import (
     Results,
     Row,
     SuccessRate,
+    above_text,
+    floor_of,
     pool,
     table_rows,
 )
@@ -33,6 +36,7 @@ from worldloom.evaluation.world import ActingRules, Worlds, naming, open_world
 
 __all__ = [
     "FIELD",
+    "FLOOR",
     "LOGS",
     "PROTOCOLS",
     "RULES",
@@ -59,11 +63,14 @@ __all__ = [
     "SuccessRule",
     "Witness",
     "Worlds",
+    "above_floor",
+    "above_text",
     "default_protocol",
     "draw_tasks",
     "evaluate",
     "explore",
     "field_title",
+    "floor_of",
     "gym_protocol",
     "naming",
     "open_world",

@@ -6,8 +6,9 @@
 - `protocol`: every field of the protocol, with `title`, `fingerprint` and `conventions` (its lines of text).
 - `model`: fingerprint of the weights; `training_seed`; `hardware`; `provenance`: passed by the caller.
 - `rows`: one for each method and split, in the order of evaluation: `method`, `split`, `protocol`,
-  `protocol_fingerprint`, `n`, `successes`, `rate`, `interval` (Wilson 95%), `solved_at_start` (successes without a
-  step), `seeds` (`evaluation`, `training`), `spl`, `steps_over_shortest`, `by_distance` (`measure`, `bins`),
+  `protocol_fingerprint`, `pairs` (a digest of all starts and goals), `n`, `successes`, `rate`, `interval` (Wilson 95%),
+  `solved_at_start` (successes without a step), `floor` (the rate of random actions) and `above_floor` (`rate`,
+  `interval`), `seeds` (`evaluation`, `training`), `spl`, `steps_over_shortest`, `by_distance` (`measure`, `bins`),
   `by_wall`, `latency`, `hardware`, `threads`, `model` and `episodes`.
 - Each bin of `by_distance` and each group of `by_wall`: `label`, `n`, `successes`, `rate`, `interval`, and a bin's
   `mean_distance`.
@@ -21,6 +22,7 @@ Figures that are computed from the episodes are written for other programs; `Res
 episodes.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,10 +35,11 @@ import worldloom
 from worldloom.core.config import Shape, check_shape
 from worldloom.core.errors import ConfigError, StorageError
 from worldloom.core.files import read_json, write_json
-from worldloom.evaluation.intervals import wilson_interval
+from worldloom.evaluation.intervals import above_floor, wilson_interval
 from worldloom.evaluation.protocol import Protocol
 
 FORMAT = 1
+FLOOR = "random"  # the method whose success rate is the floor of the others
 _KIND = "worldloom results"
 
 
@@ -87,6 +90,12 @@ class SuccessRate:
     def of(cls, label: str, episodes: Sequence[EpisodeResult]) -> "SuccessRate":
         """Count the successes among episodes."""
         return cls(label=label, n=len(episodes), successes=sum(episode.success for episode in episodes))
+
+    def above(self, floor: "SuccessRate | None") -> tuple[float, float, float] | None:
+        """Return the rate with a floor taken off, and its interval, as `above_floor` does; None without a floor."""
+        if floor is None or not self.n or not floor.n:
+            return None
+        return above_floor(self.successes, self.n, floor.successes, floor.n)
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts, the rate and its interval."""
@@ -164,6 +173,11 @@ class _Summary:
     def solved_at_start(self) -> int:
         """The number of starts that already satisfy their goal: successes without an action, equal for all methods."""
         return sum(episode.success and episode.steps == 0 for episode in self.episodes)
+
+    @property
+    def pairs(self) -> str:
+        """A digest of all starts and goals in their order; equal for methods that were evaluated on the same pairs."""
+        return hashlib.blake2b("".join(episode.task for episode in self.episodes).encode(), digest_size=8).hexdigest()
 
     @property
     def spl(self) -> float | None:
@@ -312,8 +326,7 @@ class Results:
             "split": row.split,
             "protocol": self.protocol.title,
             "protocol_fingerprint": self.protocol.fingerprint,
-            **{key: value for key, value in row.overall.to_json().items() if key != "label"},
-            "solved_at_start": row.solved_at_start,
+            **_common_json(self, row),
             **({"violated": row.violated.to_json()} if self.protocol.limits else {}),
             "seeds": {"evaluation": self.protocol.seed, "training": self.training_seed},
             "spl": row.spl,
@@ -423,7 +436,7 @@ class PooledResults:
                 {
                     "method": row.method,
                     "split": row.split,
-                    **{key: value for key, value in row.overall.to_json().items() if key != "label"},
+                    **_common_json(self, row),
                     "lowest": row.range[0],
                     "highest": row.range[1],
                     "rates": [run.overall.rate for run in row.runs],
@@ -434,6 +447,23 @@ class PooledResults:
                 for row in self.rows
             ],
         }
+
+
+def floor_of(results: Results | PooledResults, split: str) -> SuccessRate | None:
+    """Return the success rate of random actions on a split; None if they were not evaluated."""
+    return next((row.overall for row in results.rows if (row.method, row.split) == (FLOOR, split)), None)
+
+
+def _common_json(results: Results | PooledResults, row: Row | PooledRow) -> dict[str, Any]:
+    floor = floor_of(results, row.split)
+    above = row.overall.above(floor)
+    return {
+        "pairs": row.pairs,
+        **{key: value for key, value in row.overall.to_json().items() if key != "label"},
+        "solved_at_start": row.solved_at_start,
+        "floor": None if floor is None else floor.rate,
+        "above_floor": None if above is None else {"rate": above[0], "interval": list(above[1:])},
+    }
 
 
 def pool(results: Sequence[Results]) -> PooledResults:
@@ -465,19 +495,34 @@ def pool(results: Sequence[Results]) -> PooledResults:
 
 
 def table_rows(results: Results | PooledResults) -> list[list[str]]:
-    """Return a header and one row of text for each method: success by split, path length, latency."""
+    """Return a header and one row of text for each method: success by split, path length, latency.
+
+    If random actions were evaluated too, there is a column for the success rate with theirs taken off.
+    """
     splits = list(dict.fromkeys(row.split for row in results.rows))
     methods = list(dict.fromkeys(row.method for row in results.rows))
     cells: dict[tuple[str, str], Row | PooledRow] = {(row.method, row.split): row for row in results.rows}
     heads = [_split_head(next(row for row in results.rows if row.split == split)) for split in splits]
-    limited = bool(results.protocol.limits)
-    rows = [["method", *heads, *(["limits broken"] if limited else []), "steps / shortest", "SPL", "ms per decision"]]
+    limited, floors = bool(results.protocol.limits), {split: floor_of(results, split) for split in splits}
+    floored = len(methods) > 1 and any(floors.values())
+    rows = [
+        [
+            "method",
+            *heads,
+            *(["above the floor"] if floored else []),
+            *(["limits broken"] if limited else []),
+            "steps / shortest",
+            "SPL",
+            "ms per decision",
+        ]
+    ]
     for method in methods:
         mine = [cells[method, split] for split in splits if (method, split) in cells]
         rows.append(
             [
                 method,
                 *(_success_text(cells[method, split]) if (method, split) in cells else "-" for split in splits),
+                *([" / ".join(above_text(row.overall.above(floors[row.split])) for row in mine)] if floored else []),
                 *([" / ".join(_rate_text(row.violated) for row in mine)] if limited else []),
                 " / ".join(_number(row.steps_over_shortest) for row in mine),
                 " / ".join(_number(row.spl) for row in mine),
@@ -488,8 +533,8 @@ def table_rows(results: Results | PooledResults) -> list[list[str]]:
 
 
 def _split_head(row: Row | PooledRow) -> str:
-    """Return a split's name, its count, and the number of goals that the start already satisfies."""
-    solved = f", {row.solved_at_start} solved at the start" if row.solved_at_start else ""
+    """Return a split's name, its count, and the share of goals that the start already satisfies."""
+    solved = f", {row.solved_at_start / row.overall.n:.1%} solved at the start" if row.solved_at_start else ""
     return f"{row.split} (n={row.overall.n}{solved})"
 
 
@@ -503,6 +548,11 @@ def _success_text(row: Row | PooledRow) -> str:
 def _rate_text(rate: SuccessRate) -> str:
     low, high = rate.interval
     return f"{rate.rate:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def above_text(value: tuple[float, float, float] | None) -> str:
+    """Return a rate above the floor and its interval, in percent; "-" if there is none."""
+    return "-" if value is None else f"{value[0]:.1%} [{100 * value[1]:.1f}, {100 * value[2]:.1f}]"
 
 
 def _latency_text(row: Row | PooledRow) -> str:

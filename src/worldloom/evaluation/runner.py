@@ -9,8 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from worldloom.core.errors import ConfigError
+from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.progress import SILENT, Progress, ProgressTask
 from worldloom.core.seams import Agent
@@ -245,11 +246,26 @@ class _MethodRun:
                 tell_applied(world, self.agent.resume)
                 with self._clock.decision(len(frame.rows) if self.agent.narrows else size):
                     chosen = self.agent.act(observations)
-                actions[frame.rows] = chosen.detach().cpu().numpy()[audience.places(frame)]
+                actions[frame.rows] = self._shaped(chosen, world)[audience.places(frame)]
             frame = world.step(actions, frame.rows, limited=self.agent.limited)
             step += 1
         self._keep(film, tasks, ended)
         self.episodes.extend(ended[row] for row in range(size))
+
+    def _shaped(self, chosen: Tensor, world: VectorWorld) -> np.ndarray:
+        """Return an agent's actions as an array.
+
+        Raises:
+            DataError: the actions do not have the size of the world's actions.
+        """
+        actions: np.ndarray = chosen.detach().cpu().numpy()
+        if actions.shape[1:] != (world.action.size,):
+            raise DataError(
+                f"method {self.method!r} returned actions of {' x '.join(map(str, actions.shape[1:]))} values; "
+                f"{self.protocol.env_id} expects {world.action.size}. Choose a protocol of the world that the method "
+                f"was made for"
+            )
+        return actions
 
     def _keep(self, film: "_Film", tasks: Tasks, ended: Mapping[int, EpisodeResult]) -> None:
         for outcome in (True, False):

@@ -10,7 +10,7 @@ import numpy as np
 
 import worldloom
 from worldloom.core.files import write_text
-from worldloom.evaluation import Recording, Results, Row
+from worldloom.evaluation import Recording, Results, Row, above_text, floor_of
 from worldloom.reports.figures import (
     COLOURS,
     DistanceMap,
@@ -67,6 +67,7 @@ def render_report(results: Results, data: ReportData) -> str:
         comparison=_comparison(results, best, data.baselines),
         summary=_summary(results),
         splits=[_split_table(results, split) for split in results.protocol.splits],
+        floored=len(results.methods) > 1 and any(floor_of(results, split) for split in results.protocol.splits),
         paths_known=any(row.spl is not None for row in results.rows),
         walls=[wall for wall in walls if wall is not None],
         best=best,
@@ -167,7 +168,8 @@ def _split_table(results: Results, split: str) -> dict[str, Any]:
     mine = [row for row in results.rows if row.split == split]
     rows = sorted(mine, key=lambda row: (-row.overall.rate, ranked.index(row.method)))
     solved = mine[0].solved_at_start
-    name = f"{split} ({solved} of {mine[0].overall.n} solved at the start)" if solved else split
+    share = _percent(solved / mine[0].overall.n)
+    name = f"{split} ({solved} of {mine[0].overall.n}, {share}, solved at the start)" if solved else split
     return {"name": name, "rows": [_row(results, row) for row in rows]}
 
 
@@ -181,6 +183,7 @@ def _row(results: Results, row: Row) -> dict[str, Any]:
         "high": high,
         "rate_text": _percent(row.overall.rate),
         "interval_text": _interval(row.overall.interval),
+        "above": above_text(row.overall.above(floor_of(results, row.split))),
         "count": f"{row.overall.successes} / {row.overall.n}",
         "violated": f"{_percent(row.violated.rate)} ({_interval(row.violated.interval)})",
         "spl": _number(row.spl),

@@ -108,6 +108,9 @@ class ReactiveMethod(MethodConfig):
         return ReactiveAgent(parts.heads.model, _reactive(parts.heads))
 
 
+_NEWER = frozenset({"nearest"})  # settings that the first margins did not contain
+
+
 class PlannedMethod(MethodConfig):
     """A method that plans, and can obey the guardrails of a rule set. `solver` searches `horizon` blocks ahead.
 
@@ -138,8 +141,13 @@ class PlannedMethod(MethodConfig):
 
     @property
     def calibrated_as(self) -> dict[str, Any]:
-        """The settings that calibration depends on: all except `recalibrate`."""
-        return self.model_dump(mode="json", exclude={"recalibrate"})
+        """The settings that calibration depends on: all except `recalibrate`.
+
+        Newer settings are left out if they have their defaults, because older margins do not contain them.
+        """
+        fields = type(self).model_fields
+        unset = {name for name in _NEWER & fields.keys() if getattr(self, name) == fields[name].default}
+        return self.model_dump(mode="json", exclude={"recalibrate", *unset})
 
     def margins(self, parts: AgentParts) -> Margins | None:
         """Return the margins of the guardrails, or None if none were calibrated for the rules and this method."""
@@ -238,11 +246,11 @@ class PlanMethod(PlannedMethod):
     """Model predictive control.
 
     `metric` is latent L2 or the learned temporal distance. The cost is the mean distance along the plan plus
-    `last_weight` times the final distance or, with `nearest`, the smallest distance along the plan. `replan` is in environment steps; 0 means one block. With
-    `propose`, the search also starts from the reactive policy's plan (mode 2). `guard` selects how the guardrails of a
-    rule set are applied: "calibrated" as limits, with margins calibrated for the chosen plans. The other values are
-    baselines: "per candidate" margins, "uncalibrated" (no margins), "penalty" (a cost of `penalty` times the violation)
-    or "none".
+    `last_weight` times the final distance or, with `nearest`, the smallest distance along the plan. `replan` is in
+    environment steps; 0 means one block. With `propose`, the search also starts from the reactive policy's plan (mode
+    2). `guard` selects how the guardrails of a rule set are applied: "calibrated" as limits, with margins calibrated
+    for the chosen plans. The other values are baselines: "per candidate" margins, "uncalibrated" (no margins),
+    "penalty" (a cost of `penalty` times the violation) or "none".
     """
 
     name: Literal["plan"] = "plan"

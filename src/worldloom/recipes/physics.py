@@ -10,10 +10,11 @@ from worldloom.agents import (
     ReactiveMethod,
 )
 from worldloom.guardrails import Box, KeepIn, RuleLayer
-from worldloom.heads import CoarseConfig
+from worldloom.heads import CoarseConfig, RefinementConfig
 from worldloom.models import JEPAConfig
-from worldloom.models.encoders import EncoderConfig, PatchConv, VectorMLP
+from worldloom.models.encoders import EncoderConfig, Keypoints, PatchConv, VectorMLP
 from worldloom.models.losses import Covariance, InverseDynamics, LossConfig, TemporalSimilarity
+from worldloom.models.predictors import MLPPredictor
 from worldloom.planning.solvers import CEM
 from worldloom.recipes.library import RECIPES
 from worldloom.recipes.recipe import CollectionConfig, LabelledProbe, Recipe
@@ -38,13 +39,13 @@ def _slow_losses() -> dict[str, LossConfig]:
     }
 
 
-def _methods(*, horizon: int) -> dict[str, MethodConfig]:
+def _methods(*, horizon: int, nearest: bool = False) -> dict[str, MethodConfig]:
     return {
         "random": RandomMethod(),
         "behaviour cloning": CloningMethod(),
         "reactive policy": ReactiveMethod(),
-        "CEM, latent L2": PlanMethod(solver=_SEARCH, horizon=horizon),
-        "CEM, learned distance": PlanMethod(solver=_SEARCH, horizon=horizon, metric="distance"),
+        "CEM, latent L2": PlanMethod(solver=_SEARCH, horizon=horizon, nearest=nearest),
+        "CEM, learned distance": PlanMethod(solver=_SEARCH, horizon=horizon, nearest=nearest, metric="distance"),
     }
 
 
@@ -62,20 +63,21 @@ def pusht() -> Recipe:
         collection=CollectionConfig(
             env_id="worldloom/PushT-v0", episodes=2400, steps=150, policy="near-object", num_envs=50
         ),
-        model=JEPAConfig(block=2, context=2),
+        model=JEPAConfig(encoder=Keypoints(), predictor=MLPPredictor(hidden=(512, 512)), block=2, context=2),
         # Short windows, and more of them, because the pose of the block varies between windows rather than within one.
         training=TrainingConfig(
-            steps=20000, batch=160, horizon=2, losses=_slow_losses(), validate_every=4000, checkpoint_every=1000
+            steps=8000, batch=160, horizon=2, losses=_slow_losses(), validate_every=4000, checkpoint_every=1000
         ),
+        refinement=RefinementConfig(horizon=8, steps=8000),
         hierarchy=(CoarseConfig(stride=3),),
-        # The model is trained to predict two blocks ahead and used for four.
-        methods=_methods(horizon=4)
+        # The plan has to be long enough to go around the block, and may move the hand away from its goal first.
+        methods=_methods(horizon=8, nearest=True)
         | {
-            "CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=4),
+            "CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=8, nearest=True),
             "hierarchy": _hierarchy(),
             "hierarchy, always": _hierarchy(depth=1),
         },
-        default_method="CEM of 3,000, latent L2",
+        default_method="CEM, latent L2",
         protocol="pusht-25@1",
     )
 

@@ -78,7 +78,9 @@ def train(
     resume: bool = False,
     progress: Progress = SILENT,
 ) -> Run:
-    """Train the world model, refine its predictor if the recipe says so, and fit the heads on the frozen latents; `resume` continues an interrupted run.
+    """Train the world model, refine its predictor if the recipe says so, and fit the heads on the frozen latents.
+
+    `resume` continues an interrupted run.
 
     Under torchrun, every process calls this function with the same arguments and a shared folder. The first process
     writes the folder, and fits the heads while the other processes wait.

@@ -78,3 +78,13 @@ def test_every_public_name_resolves(name) -> None:
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'colect'"):
         worldloom.colect  # noqa: B018
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "-expert" in name])
+def test_an_experts_recipe_differs_from_the_weak_one_in_logs_and_goals_alone(name) -> None:
+    expert, weak = load_recipe(name), load_recipe(name.replace("-expert", ""))
+    protocol = PROTOCOLS[expert.protocol]
+    assert protocol.policy == expert.collection.policy != weak.collection.policy
+    same = {"name": weak.name, "description": weak.description, "protocol": weak.protocol}
+    same["collection"] = expert.collection.model_copy(update={"policy": weak.collection.policy})
+    assert expert.model_copy(update=same) == weak

@@ -215,11 +215,16 @@ FIELD = {
 # The policy that chooses the goals of each world and log. Protocols of weak logs do not name their log.
 LOGS = {
     ("pusht", "weak"): "near-object",
+    ("pusht", "expert"): "pusht-expert",
     ("two-room", "weak"): "directed-walk",
+    ("two-room", "expert"): "two-room-expert",
     ("reacher", "weak"): "directed-walk",
+    ("reacher", "expert"): "reacher-expert",
     ("point-maze", "weak"): "directed-walk",
     ("cube", "weak"): "cube-walk",
+    ("cube", "expert"): "cube-expert",
     ("cube-pixels", "weak"): "cube-walk",
+    ("cube-pixels", "expert"): "cube-expert",
 }
 
 

@@ -248,3 +248,24 @@ def test_the_picture_shows_the_cube_and_follows_it() -> None:
     assert np.corrcoef(centres[:, 0], places[:, 0])[0, 1] > 0.9
     assert env.observation_space["vector"].shape == (28,)
     env.close()
+
+
+@pytest.mark.skipif(not _draws(), reason="no OpenGL that renders without a display")
+def test_simple_meshes_change_the_picture_a_little_and_the_physics_not_at_all() -> None:
+    full, simple = (
+        gymnasium.make("worldloom/Cube-v0", observation="both", simple_meshes=simple) for simple in (False, True)
+    )
+    walker = POLICIES["cube-walk"](ACTION)
+    walker.reset([np.random.default_rng(0)])
+    seen, simpler = full.reset(seed=2)[0], simple.reset(seed=2)[0]
+    differences = []
+    for _ in range(25):
+        np.testing.assert_array_equal(simpler["vector"], seen["vector"])
+        differences.append(np.abs(simpler["pixels"].astype(int) - seen["pixels"]).mean())
+        action = walker.act(Observations.from_numpy(None, seen["vector"][None]))[0]
+        seen, simpler = full.step(action)[0], simple.step(action)[0]
+    assert 0 < np.mean(differences) < 1  # of 255
+    faces = [env.unwrapped._physics.model.mesh_facenum.sum() for env in (full, simple)]
+    assert faces[1] < 0.15 * faces[0]
+    full.close()
+    simple.close()

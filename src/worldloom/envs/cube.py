@@ -18,6 +18,7 @@ from worldloom.envs.rendering import draw, load_mujoco
 
 OBSERVATIONS = ("vector", "pixels", "both")
 _LARGEST = 480  # px; the side of the render buffer
+_CELL = 0.006  # m; `simple_meshes` merges the vertices within such cells
 _CAMERA = "front_pixels"  # OGBench's camera for pixel observations, in which the arm is nearly transparent
 
 
@@ -31,7 +32,8 @@ class CubeEnv(gymnasium.Env[Any, Any]):
     of the effector's position), quaternion (4), and cos and sin of the cube's yaw. Action: 5 values in [-1, 1],
     relative to the effector: x, y, z (5 cm), yaw (0.3 rad), closing of the gripper (1). Infos: `block` and `effector`
     (x, y, z) in metres, `quaternion` (w, x, y, z) of the cube. Arm and cube start anywhere within OGBench's bounds.
-    Episodes do not end by themselves. Images are rendered only if observed.
+    Episodes do not end by themselves. Images are rendered only if observed. `simple_meshes` draws the arm with a tenth
+    of the triangles, which takes a fifth of the time on a CPU; the images differ a little, the physics do not.
 
     Raises:
         EnvironmentFailure: `ogbench` is not installed, an argument is out of range, or pixels are requested and no
@@ -44,6 +46,7 @@ class CubeEnv(gymnasium.Env[Any, Any]):
         self,
         observation: str = "vector",
         size: int = 64,
+        simple_meshes: bool = False,
         render_mode: str | None = None,
     ) -> None:
         if observation not in OBSERVATIONS:
@@ -54,7 +57,7 @@ class CubeEnv(gymnasium.Env[Any, Any]):
             raise EnvironmentFailure(f"'size' of the cube environment must be 8 to {_LARGEST} pixels; got {size}")
         self.render_mode = render_mode
         self._observation, self._size = observation, size
-        self._physics = _load(draws=observation != "vector")
+        self._physics = _load(draws=observation != "vector", simple_meshes=simple_meshes)
         vector = spaces.Box(-np.inf, np.inf, (28,), np.float32)
         pixels = spaces.Box(0, 255, (size, size, 3), np.uint8)
         both = spaces.Dict({"pixels": pixels, "vector": vector})
@@ -94,18 +97,21 @@ def _infos(told: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_TEMPLATES = threading.local()  # one per thread, because the inverse kinematics use a scratch buffer
+_TEMPLATES = threading.local()  # per thread, because the inverse kinematics use a scratch buffer
 
 
-def _load(*, draws: bool) -> Any:
+def _load(*, draws: bool, simple_meshes: bool = False) -> Any:
     """Return an OGBench environment with a state of its own. All environments in a thread share the compiled model.
 
     Compilation takes a second, so separate models for a hundred environments would take minutes.
     """
     mujoco = load_mujoco(draws=draws, extra="cube")
-    template = getattr(_TEMPLATES, "world", None)
-    if template is None:
-        template = _TEMPLATES.world = _compile()
+    templates: dict[bool, Any] = _TEMPLATES.__dict__.setdefault("worlds", {})
+    if simple_meshes not in templates:
+        templates[simple_meshes] = _compile()
+        if simple_meshes:
+            _simplify(templates[simple_meshes].model)
+    template = templates[simple_meshes]
     physics = copy.copy(template)
     physics._data = mujoco.MjData(template.model)
     return physics
@@ -130,3 +136,24 @@ def _compile() -> Any:
     template._ob_type = "states"  # ... but without rendering at every step
     template.reset(seed=0)
     return template
+
+
+def _simplify(model: Any) -> None:
+    """Merge the vertices of each mesh within cells of `_CELL`, and drop triangles that vanish or become equal.
+
+    This changes only what is drawn: the physics use the vertices and their convex hulls.
+    """
+    for mesh in range(model.nmesh):
+        first, count = model.mesh_vertadr[mesh], model.mesh_vertnum[mesh]
+        cells = np.floor(model.mesh_vert[first : first + count] / _CELL).astype(np.int64)
+        _, merged, cell_of = np.unique(cells, axis=0, return_index=True, return_inverse=True)
+        first, count = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
+        whole = slice(first, first + count)
+        corners = np.sort(cell_of.ravel()[model.mesh_face[whole]], axis=1)
+        triangles = np.unique(corners, axis=0, return_index=True)[1]
+        triangles = triangles[(np.diff(corners[triangles], axis=1) > 0).all(axis=1)]
+        rest = slice(first, first + len(triangles))
+        model.mesh_face[rest] = merged[cell_of.ravel()[model.mesh_face[whole][triangles]]]
+        for column in (model.mesh_facenormal, model.mesh_facetexcoord):
+            column[rest] = column[whole][triangles]
+        model.mesh_facenum[mesh] = len(triangles)

@@ -2,6 +2,8 @@
 
 from worldloom.agents import (
     CloningMethod,
+    GoalInverseConfig,
+    GoalInverseMethod,
     HierarchyConfig,
     HierarchyMethod,
     MethodConfig,
@@ -24,6 +26,7 @@ WIDE = CEM(samples=300, iterations=10, elites=30)
 
 
 _SEARCH = CEM(samples=128, iterations=5, elites=16)
+_GOAL_INVERSE = GoalInverseConfig()
 
 
 def _slow_losses() -> dict[str, LossConfig]:
@@ -43,6 +46,7 @@ def _methods(*, horizon: int) -> dict[str, MethodConfig]:
         "random": RandomMethod(),
         "behaviour cloning": CloningMethod(),
         "reactive policy": ReactiveMethod(),
+        "GC-IDM": GoalInverseMethod(),
         "CEM, latent L2": PlanMethod(solver=_SEARCH, horizon=horizon),
         "CEM, learned distance": PlanMethod(solver=_SEARCH, horizon=horizon, metric="distance"),
     }
@@ -68,6 +72,7 @@ def pusht() -> Recipe:
             steps=20000, batch=160, horizon=2, losses=_slow_losses(), validate_every=4000, checkpoint_every=1000
         ),
         hierarchy=(CoarseConfig(stride=3),),
+        goal_inverse=_GOAL_INVERSE,
         # The model is trained to predict two blocks ahead and used for four.
         methods=_methods(horizon=4)
         | {
@@ -91,6 +96,7 @@ def reacher() -> Recipe:
         training=TrainingConfig(
             steps=6000, batch=160, horizon=2, losses=_slow_losses(), validate_every=2000, checkpoint_every=1000
         ),
+        goal_inverse=_GOAL_INVERSE,
         methods=_methods(horizon=8),
         default_method="CEM, latent L2",
         protocol="reacher-25@1",
@@ -114,6 +120,7 @@ def point_maze() -> Recipe:
             validate_every=1000,
             checkpoint_every=1000,
         ),
+        goal_inverse=_GOAL_INVERSE,
         methods=_methods(horizon=12),
         default_method="CEM, latent L2",
         protocol="point-maze-25@1",
@@ -164,6 +171,7 @@ def _cube(name: str, description: str, protocol: str, encoder: EncoderConfig, **
         training=TrainingConfig(
             steps=6000, batch=160, horizon=2, losses=_slow_losses(), validate_every=2000, checkpoint_every=1000
         ),
+        goal_inverse=_GOAL_INVERSE,
         methods=_methods(horizon=6),
         default_method="CEM, latent L2",
         protocol=protocol,

@@ -9,7 +9,8 @@ PATH = Path(__file__).parent.parent / "docs" / "protocols.md"
 BEGIN, END = "## Named protocols\n", "## `results.json`\n"
 FAMILIES = """## The field's protocols
 
-OFFSET is the number of steps from start to goal; the budget follows from it. All of these protocols share:
+[The field's table](field.md) explains the three rules. OFFSET is the number of steps from start to goal; the budget
+follows from it. All of these protocols share:
 """
 
 

@@ -20,7 +20,7 @@ from worldloom.agents import PlannedMethod
 from worldloom.core.errors import ConfigError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.hardware import set_threads
-from worldloom.evaluation import LOGS, PROTOCOLS, RULES, Results, field_title
+from worldloom.evaluation import PROTOCOLS, RULES, Results, field_title
 from worldloom.planning.solvers import CEM
 from worldloom.recipes import Recipe, load_recipe
 
@@ -28,7 +28,16 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "field"
 COMMAND = "python benchmarks/field.py"
 
-RECIPES = {"two-room": "two-room", "reacher": "reacher", "pusht": "pusht", "cube": "cube-state"}
+RECIPES = {
+    ("two-room", "weak"): "two-room",
+    ("two-room", "expert"): "two-room-expert",
+    ("reacher", "weak"): "reacher",
+    ("reacher", "expert"): "reacher-expert",
+    ("pusht", "weak"): "pusht",
+    ("pusht", "expert"): "pusht-expert",
+    ("cube", "weak"): "cube-state",
+    ("cube", "expert"): "cube-expert-state",
+}
 OFFSETS = (25, 50, 100)
 SEEDS = (0, 1, 2)
 # All searches have the same budget, whatever their recipes say: 128 candidates, 5 iterations, 16 elites. On PushT, a
@@ -71,9 +80,8 @@ class Cell:
 
 
 def all_cells() -> list[Cell]:
-    """Return the cells whose logging policy and protocol exist, in the order of the table."""
-    every = itertools.product(RECIPES, dict.fromkeys(log for _, log in LOGS), OFFSETS, RULES, METHODS, SEEDS)
-    return [cell for cell in (Cell(*values) for values in every) if cell.protocol in PROTOCOLS]
+    """Return all cells in the order of the table."""
+    return [Cell(*pair, *values) for pair, *values in itertools.product(RECIPES, OFFSETS, RULES, METHODS, SEEDS)]
 
 
 def chosen(cells: Iterable[Cell], filters: Sequence[str]) -> list[Cell]:
@@ -137,8 +145,8 @@ def _slim(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def field_recipe(world: str, log: str, seed: int) -> Recipe:
-    """Return the recipe of a world, with the table's methods, the logging policy of `log`, and one seed for all."""
-    recipe = load_recipe(RECIPES[world])
+    """Return the recipe of a world and a kind of log, with the table's methods, and one seed for all."""
+    recipe = load_recipe(RECIPES[world, log])
     search = recipe.method(SEARCH_OF.get(world))
     assert isinstance(search, PlannedMethod), f"the method of the recipe {recipe.name} does not search"
     methods = {
@@ -148,10 +156,7 @@ def field_recipe(world: str, log: str, seed: int) -> Recipe:
         RANDOM: recipe.method("random"),
     }
     recipe = recipe.model_copy(update={"methods": methods, "default_method": SEARCH})
-    overrides = [f"training.seed={seed}", f"collection.seed={seed}"]
-    if log != "weak":
-        overrides.append(f"collection.policy={LOGS[world, log]}")
-    return recipe.override(overrides)
+    return recipe.override([f"training.seed={seed}", f"collection.seed={seed}"])
 
 
 def train_and_evaluate(cells: list[Cell], runs: Path) -> Results:

@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from field import METHODS, OFFSETS, RANDOM, RECIPES, RESULTS, Cell, all_cells
+from field import METHODS, OFFSETS, RANDOM, RECIPES, RESULTS, SOLVER, Cell, all_cells
 from worldloom.core.files import read_json
 from worldloom.evaluation import RULES, SuccessRate, above_text
 
@@ -15,7 +15,6 @@ MARKS = {
     for name in ("measured", "published")
 }
 NOT_RUN = "not run"
-LOGS_SHOWN = ("weak", "expert")
 
 
 def write_page(folder: Path = RESULTS, page: Path = PAGE) -> None:
@@ -31,8 +30,9 @@ def write_page(folder: Path = RESULTS, page: Path = PAGE) -> None:
 def measured_tables(folder: Path) -> str:
     """Return one table for each world and log; cells without measurements are marked."""
     cells = [(cell, value) for cell in all_cells() if (value := cell.read(folder)) is not None]
-    parts = []
-    for world, log in itertools.product(RECIPES, LOGS_SHOWN):
+    budget = f"CEM with {SOLVER.samples} candidates, {SOLVER.iterations} iterations and {SOLVER.elites} elites"
+    parts = [f"The budget of every search: {budget}.\n"]
+    for world, log in RECIPES:
         mine = [(cell, value) for cell, value in cells if (cell.world, cell.log) == (world, log)]
         header = ["goal", "rule", "n", "solved at the start", *METHODS]
         header += [f"{method}, above the floor" for method in METHODS if method != RANDOM]
@@ -109,7 +109,7 @@ def _hardware(cells: list[tuple[Cell, dict[str, Any]]]) -> str:
 
 def published_table(entries: list[dict[str, Any]]) -> str:
     """Return the published figures, one line for each method and setting."""
-    worlds = list(RECIPES)
+    worlds = list(dict.fromkeys(world for world, _ in RECIPES))
     header = ["method", "goal", "rule", *worlds, "source", "what differs"]
     lines = [
         [

@@ -40,6 +40,7 @@ TINY = [
     "distance.steps=4",
     "reactive.steps=4",
     "reactive.problems=32",
+    'goal_inverse={"steps": 4}',
     "cloning.steps=4",
     'methods={"tree search": {"name": "plan", "solver": {"name": "random-shooting", "samples": 4}, "horizon": 2}}',
 ]

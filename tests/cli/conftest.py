@@ -20,6 +20,7 @@ TINY = [
     "distance.steps=4",
     "reactive.steps=4",
     "reactive.problems=32",
+    'goal_inverse={"steps": 4}',
     "cloning.steps=4",
 ]
 

@@ -121,12 +121,12 @@ def test_the_command_lists_and_refuses(field: ModuleType, tmp_path: Path, capsys
 
 
 def test_every_recipe_of_the_table_has_its_methods_with_one_budget(field: ModuleType) -> None:
-    for world in field.RECIPES:
-        recipe = field.field_recipe(world, "weak", 7)
+    for world, log in field.RECIPES:
+        recipe = field.field_recipe(world, log, 7)
         assert tuple(recipe.methods) == field.METHODS
         assert recipe.methods["search"].solver == field.SOLVER
         assert (recipe.training.seed, recipe.collection.seed) == (7, 7)
-        protocol = PROTOCOLS[field_title(world, "weak", 25, "historical")]
+        protocol = PROTOCOLS[field_title(world, log, 25, "historical")]
         assert (protocol.env_id, protocol.policy) == (recipe.collection.env_id, recipe.collection.policy)
 
 
@@ -146,6 +146,7 @@ def test_the_page_shows_pooled_rates_the_floor_and_what_was_not_run(
     assert "Measured on a processor, 2 threads." in section
     assert "Milliseconds per decision and environment: search 4, without search 4" in section
     assert "### cube, expert logs" in text
+    assert f"CEM with {field.SOLVER.samples} candidates" in text
     # Cells on other pairs are not compared.
     (other,) = [cell for cell in cells if (cell.method, cell.seed) == ("random", 1)]
     other.path(tmp_path).unlink()

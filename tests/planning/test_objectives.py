@@ -48,6 +48,21 @@ def test_a_goal_counts_along_the_way_and_at_the_end_and_near_enough_is_there() -
     assert GoalObjective(LatentL2(), goal, within=1.5)(rollouts)[0].tolist() == pytest.approx([0.0, 0.5 + 0.5])
 
 
+def test_only_the_nearest_state_counts_and_the_way_decides_between_equals() -> None:
+    goal = torch.tensor([[2.0, 0.0]])
+    nearest = GoalObjective(LatentL2(), goal, nearest=True)
+    # Past the goal; away from it first, and then to it; only half of the way.
+    rollouts = rolled([EAST, EAST, EAST, EAST], [WEST, EAST, EAST, EAST], [EAST, STAY, STAY, STAY])
+    passing, detour, short = nearest(rollouts)[0].tolist()
+    assert passing == pytest.approx(0.0 + 0.02 * 1.0)
+    assert detour == pytest.approx(0.0 + 0.02 * 1.5)
+    assert short == pytest.approx(1.0 + 0.02 * 1.0)
+    assert torch.equal(nearest.select(slice(0, 1))(rollouts), nearest(rollouts))
+    # The mean distance would choose the plan that never arrives.
+    mean = GoalObjective(LatentL2(), goal, last_weight=0.0)(rollouts)[0]
+    assert mean[2] < mean[1]
+
+
 def test_a_quantity_comes_to_a_value_or_into_a_region() -> None:
     rollouts = rolled([EAST, EAST], [STAY, STAY])
     value = VectorGoal(quantity=place, target=torch.tensor([20.0, 0.0]), last_weight=0.0)

@@ -8,6 +8,7 @@ QUICK = [
     "distance.steps=4",
     "reactive.steps=4",
     "reactive.problems=16",
+    'goal_inverse={"steps": 4}',
     "cloning.steps=4",
     'methods={"random": {"name": "random"}, "tree search": {"name": "plan", "horizon": 2}}',
 ]

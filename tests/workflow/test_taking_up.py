@@ -14,9 +14,11 @@ from worldloom.agents import (
     METHODS,
     AgentParts,
     CloningMethod,
+    GoalInverseMethod,
     HierarchyConfig,
     HierarchyMethod,
     LandmarkMethod,
+    PlanMethod,
     ReactiveMethod,
     default_methods,
 )
@@ -30,13 +32,14 @@ from worldloom.workflow import Run, collect, evaluate, find_runs, report_path
 from worldloom.workflow import jobs as workflow
 from worldloom.workflow.run import differences
 
-HEADS = ("geometry", "support", "distance", "reactive", "cloning")
+HEADS = ("geometry", "support", "distance", "reactive", "goal-inverse", "cloning")
 STAGES = {
     "measure_geometry": (),
     "measure_support": HEADS[:1],
     "fit_distance": HEADS[:2],
     "fit_reactive": HEADS[:3],
-    "fit_behaviour_cloning": HEADS[:4],
+    "fit_goal_inverse": HEADS[:4],
+    "fit_behaviour_cloning": HEADS[:5],
 }
 
 
@@ -220,6 +223,21 @@ def test_probes_are_learned_on_top_of_a_complete_run(recipe, dataset, run, untou
         workflow.train(recipe, dataset, run.path, resume=True)
 
 
+def test_a_policy_is_added_to_a_complete_run(recipe, dataset, tmp_path, untouched) -> None:
+    plain = recipe.override(["goal_inverse=null"])
+    run = workflow.train(plain, dataset, tmp_path / "run")
+    untouched("fit", *STAGES.keys() - {"fit_goal_inverse"})
+    proposing = PlanMethod(propose="goal-inverse", horizon=6)
+    with pytest.raises(CheckpointError, match="goal-inverse"):
+        proposing.build(AgentParts(heads=run.heads), seed=0)
+    resumed = workflow.train(recipe, dataset, run.path, resume=True)
+    agent = proposing.build(AgentParts(heads=resumed.heads), seed=0)
+    frames = Observations.from_numpy(dataset.pixels(np.array([0, 5, 9])), None)
+    agent.reset(Goal(observations=frames))
+    agent.act(frames)
+    assert agent.situation.initial.shape[1:] == (16, 6, resumed.model.spec.block_size)
+
+
 def test_a_run_from_before_an_option_was_added_is_taken_up(recipe, dataset, run, untouched) -> None:
     untouched("fit", *STAGES)
     config = read_json(run.path / "config.json")
@@ -259,7 +277,7 @@ def test_an_agent_of_each_method_acts_for_any_number_of_environments(run, datase
     frames = dataset.pixels(np.array([0, 5, 9]))
     observations = Observations.from_numpy(frames, None)
     bounds = torch.tensor(run.model.spec.action.low), torch.tensor(run.model.spec.action.high)
-    methods = {**default_methods(), "landmarks": LandmarkMethod()}
+    methods = {**default_methods(), "landmarks": LandmarkMethod(), "GC-IDM": GoalInverseMethod()}
     assert {method.name for method in methods.values()} | {"hierarchy"} == set(METHODS)  # it has a test of its own
     for method in methods.values():
         agent = method.build(AgentParts(heads=run.heads), seed=0)
@@ -341,7 +359,7 @@ def test_a_part_that_is_gone_or_damaged_is_named(run, part) -> None:
     content = bytearray(tensors.read_bytes())
     content[-1] ^= 1
     tensors.write_bytes(content)
-    methods = {"reactive": ReactiveMethod(), "cloning": CloningMethod()}
+    methods = {"reactive": ReactiveMethod(), "goal-inverse": GoalInverseMethod(), "cloning": CloningMethod()}
 
     def load() -> object:
         return methods[part].build(AgentParts(heads=run.heads), seed=0) if part in methods else getattr(run.heads, part)

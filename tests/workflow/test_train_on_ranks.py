@@ -24,6 +24,7 @@ TINY = [
     "distance.steps=4",
     "reactive.steps=4",
     "reactive.problems=16",
+    'goal_inverse={"steps": 4}',
     "cloning.steps=4",
 ]
 

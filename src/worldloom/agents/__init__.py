@@ -17,6 +17,13 @@ from worldloom.agents.behaviour_cloning import (
     CloningPolicy,
     fit_behaviour_cloning,
 )
+from worldloom.agents.goal_inverse import (
+    GoalInverse,
+    GoalInverseAgent,
+    GoalInverseConfig,
+    GoalInverseProposer,
+    fit_goal_inverse,
+)
 from worldloom.agents.guides.curiosity import CuriosityConfig, CuriosityGuide
 from worldloom.agents.guides.hierarchy import HierarchyConfig, HierarchyGuide
 from worldloom.agents.guides.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook
@@ -24,6 +31,7 @@ from worldloom.agents.methods import (
     METHODS,
     AgentParts,
     CloningMethod,
+    GoalInverseMethod,
     HierarchyMethod,
     LandmarkMethod,
     MethodConfig,
@@ -56,6 +64,11 @@ __all__ = [
     "EntryBody",
     "ExploringAgent",
     "FollowConfig",
+    "GoalInverse",
+    "GoalInverseAgent",
+    "GoalInverseConfig",
+    "GoalInverseMethod",
+    "GoalInverseProposer",
     "Guide",
     "HierarchyConfig",
     "HierarchyGuide",
@@ -81,6 +94,7 @@ __all__ = [
     "damaged_situations",
     "default_methods",
     "fit_behaviour_cloning",
+    "fit_goal_inverse",
     "fit_reactive",
     "happened_after",
     "log_entries",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from worldloom.agents.audit_log import AuditLog
 from worldloom.agents.behaviour_cloning import BehaviourCloningAgent, CloningPolicy
+from worldloom.agents.goal_inverse import GoalInverse, GoalInverseAgent, GoalInverseProposer
 from worldloom.agents.guarded_policy import GuardedPolicy
 from worldloom.agents.guides.curiosity import CuriosityConfig, CuriosityGuide
 from worldloom.agents.guides.hierarchy import HierarchyConfig, HierarchyGuide
@@ -25,6 +26,7 @@ from worldloom.core.config import Component
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry
 from worldloom.core.seams import Agent, Metric, Objective, Policy
+from worldloom.core.seeds import torch_generator
 from worldloom.guardrails import BoundRail, BoundRules, Margins, Recalibration
 from worldloom.heads import Heads, predict_arrival
 from worldloom.memory import EpisodicMemory, LandmarkConfig, LandmarkGraph
@@ -106,6 +108,18 @@ class ReactiveMethod(MethodConfig):
     def build(self, parts: AgentParts, *, seed: int) -> Agent:
         """Build the agent."""
         return ReactiveAgent(parts.heads.model, _reactive(parts.heads))
+
+
+@METHODS.register("goal-inverse")
+class GoalInverseMethod(MethodConfig):
+    """Goal-conditioned inverse dynamics without planning (GC-IDM); executes `blocks` blocks of each prediction."""
+
+    name: Literal["goal-inverse"] = "goal-inverse"
+    blocks: int = Field(default=1, ge=1)
+
+    def build(self, parts: AgentParts, *, seed: int) -> Agent:
+        """Build the agent."""
+        return GoalInverseAgent(parts.heads.model, _goal_inverse(parts.heads), blocks=self.blocks)
 
 
 _NEWER = frozenset({"nearest"})  # settings that the first margins did not contain
@@ -248,9 +262,10 @@ class PlanMethod(PlannedMethod):
     `metric` is latent L2 or the learned temporal distance. The cost is the mean distance along the plan plus
     `last_weight` times the final distance or, with `nearest`, the smallest distance along the plan. `replan` is in
     environment steps; 0 means one block. With `propose`, the search also starts from the reactive policy's plan (mode
-    2). `guard` selects how the guardrails of a rule set are applied: "calibrated" as limits, with margins calibrated
-    for the chosen plans. The other values are baselines: "per candidate" margins, "uncalibrated" (no margins),
-    "penalty" (a cost of `penalty` times the violation) or "none".
+    2), or with "goal-inverse" from plans of goal-conditioned inverse dynamics. `guard` selects how the guardrails of a
+    rule set are applied: "calibrated" as limits, with margins calibrated for the chosen plans. The other values are
+    baselines: "per candidate" margins, "uncalibrated" (no margins), "penalty" (a cost of `penalty` times the violation)
+    or "none".
     """
 
     name: Literal["plan"] = "plan"
@@ -258,7 +273,7 @@ class PlanMethod(PlannedMethod):
     last_weight: float = Field(default=1.0, ge=0)
     nearest: bool = False
     replan: int = Field(default=0, ge=0)
-    propose: bool = False
+    propose: bool | Literal["goal-inverse"] = False
     guard: Guard = "calibrated"
     penalty: float = Field(default=10.0, gt=0)
 
@@ -277,9 +292,15 @@ class PlanMethod(PlannedMethod):
             partial(GoalObjective, metric, last_weight=self.last_weight, nearest=self.nearest),
             replan=self.replan,
             costs=costs,
-            proposer=PolicyProposer(model=heads.model, policy=_reactive(heads)) if self.propose else None,
+            proposer=self._proposer(heads, seed),
             seed=seed,
         )
+
+    def _proposer(self, heads: Heads, seed: int) -> Proposer | None:
+        if self.propose == "goal-inverse":
+            generator = torch_generator(seed, "proposals", device=heads.model.device)
+            return GoalInverseProposer(policy=_goal_inverse(heads), generator=generator)
+        return PolicyProposer(model=heads.model, policy=_reactive(heads)) if self.propose else None
 
 
 @METHODS.register("hierarchy")
@@ -371,6 +392,10 @@ class LandmarkMethod(PlannedMethod):
 
 def _reactive(heads: Heads) -> ReactivePolicy:
     return ReactivePolicy.load(heads.stem("reactive"), heads.model)
+
+
+def _goal_inverse(heads: Heads) -> GoalInverse:
+    return GoalInverse.load(heads.stem("goal-inverse"), heads.model)
 
 
 def default_methods() -> dict[str, MethodConfig]:

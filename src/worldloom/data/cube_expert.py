@@ -101,7 +101,7 @@ class _Picker(ExpertEpisode):
 
     def _place(self, effector: Float64[np.ndarray, "3"], block: Float64[np.ndarray, "3"]) -> Float64[np.ndarray, "3"]:
         """Return where the effector should be in the present phase."""
-        places = {
+        places: dict[str, np.ndarray] = {
             "above": block + np.array([0.0, 0.0, _CLEAR]),
             "down": block,
             "grasp": block,

@@ -84,7 +84,8 @@ class Heads:
         Raises:
             CheckpointError: the file of a head is damaged.
         """
-        names = ["geometry", "distance", "support", "reactive", *(f"probe-{name}" for name in self._probe_names)]
+        names = ["geometry", "distance", "support", "reactive", "goal-inverse"]
+        names += [f"probe-{name}" for name in self._probe_names]
         for level in range(1, self._levels + 1):
             names += [f"coarse-{level}", f"coarse-{level}-geometry"]
         found = {name: stored_digest(self.stem(name)) for name in names}

@@ -6,10 +6,13 @@ from worldloom.agents import (
     CloningConfig,
     CloningMethod,
     FollowConfig,
+    GoalInverseConfig,
+    GoalInverseMethod,
     HierarchyMethod,
     LandmarkMethod,
     PlanMethod,
     RandomMethod,
+    default_methods,
 )
 from worldloom.core.registry import Registry
 from worldloom.guardrails import Box, KeepIn, RuleLayer
@@ -41,7 +44,9 @@ def two_room() -> Recipe:
         description="Two rooms in 64x64 RGB, with the door at a random place in each episode; 100 thousand frames.",
         collection=CollectionConfig(env_id="worldloom/TwoRoom-v0"),
         training=TrainingConfig(steps=800),
+        goal_inverse=GoalInverseConfig(),
         cloning=CloningConfig(goals=2, batch=85),  # about half the time of 256 pairs (docs/log.md)
+        methods=default_methods() | {"GC-IDM": GoalInverseMethod()},
         protocol="two-room@1",
     )
 

@@ -2,6 +2,8 @@
 
 from worldloom.agents import (
     CloningMethod,
+    GoalInverseConfig,
+    GoalInverseMethod,
     HierarchyConfig,
     HierarchyMethod,
     MethodConfig,
@@ -25,6 +27,7 @@ WIDE = CEM(samples=300, iterations=10, elites=30)
 
 
 _SEARCH = CEM(samples=128, iterations=5, elites=16)
+_GOAL_INVERSE = GoalInverseConfig()
 
 
 def _slow_losses() -> dict[str, LossConfig]:
@@ -44,6 +47,7 @@ def _methods(*, horizon: int, nearest: bool = False) -> dict[str, MethodConfig]:
         "random": RandomMethod(),
         "behaviour cloning": CloningMethod(),
         "reactive policy": ReactiveMethod(),
+        "GC-IDM": GoalInverseMethod(),
         "CEM, latent L2": PlanMethod(solver=_SEARCH, horizon=horizon, nearest=nearest),
         "CEM, learned distance": PlanMethod(solver=_SEARCH, horizon=horizon, nearest=nearest, metric="distance"),
     }
@@ -70,6 +74,7 @@ def pusht() -> Recipe:
         ),
         refinement=RefinementConfig(horizon=8, steps=8000),
         hierarchy=(CoarseConfig(stride=3),),
+        goal_inverse=_GOAL_INVERSE,
         # The plan has to be long enough to go around the block, and may move the hand away from its goal first.
         methods=_methods(horizon=8, nearest=True)
         | {
@@ -93,6 +98,7 @@ def reacher() -> Recipe:
         training=TrainingConfig(
             steps=6000, batch=160, horizon=2, losses=_slow_losses(), validate_every=2000, checkpoint_every=1000
         ),
+        goal_inverse=_GOAL_INVERSE,
         methods=_methods(horizon=8),
         default_method="CEM, latent L2",
         protocol="reacher-25@1",
@@ -116,6 +122,7 @@ def point_maze() -> Recipe:
             validate_every=1000,
             checkpoint_every=1000,
         ),
+        goal_inverse=_GOAL_INVERSE,
         methods=_methods(horizon=12),
         default_method="CEM, latent L2",
         protocol="point-maze-25@1",
@@ -166,6 +173,7 @@ def _cube(name: str, description: str, protocol: str, encoder: EncoderConfig, **
         training=TrainingConfig(
             steps=6000, batch=160, horizon=2, losses=_slow_losses(), validate_every=2000, checkpoint_every=1000
         ),
+        goal_inverse=_GOAL_INVERSE,
         methods=_methods(horizon=6),
         default_method="CEM, latent L2",
         protocol=protocol,

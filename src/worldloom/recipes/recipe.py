@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from worldloom.agents import METHODS, CloningConfig, MethodConfig, ReactiveConfig, default_methods
+from worldloom.agents import METHODS, CloningConfig, GoalInverseConfig, MethodConfig, ReactiveConfig, default_methods
 from worldloom.core.config import Config, component_of
 from worldloom.core.errors import ConfigError
 from worldloom.core.names import PathName
@@ -45,8 +45,9 @@ class Recipe(Config):
 
     `hierarchy` contains coarser models. One step of a coarser model spans several steps of the model before it; the
     first one spans steps of the world model. `probes` decode named quantities from latents; planners use them only
-    through guardrails and objectives. `rules` is the uppermost layer of the agents' rule set; lower layers may only
-    tighten it. `methods` are the rows of the results table, in order; `default_method` acts unless another is chosen.
+    through guardrails and objectives. `goal_inverse` adds goal-conditioned inverse dynamics, which some methods need.
+    `rules` is the uppermost layer of the agents' rule set; lower layers may only tighten it. `methods` are the rows of
+    the results table, in order; `default_method` acts unless another is chosen.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Recipe(Config):
     probes: dict[PathName, LabelledProbe] = Field(default_factory=dict)
     rules: RuleLayer | None = None
     reactive: ReactiveConfig = ReactiveConfig()
+    goal_inverse: GoalInverseConfig | None = None
     cloning: CloningConfig = CloningConfig()
     methods: dict[str, MethodField] = Field(default_factory=default_methods, min_length=1)
     default_method: str = "tree search"

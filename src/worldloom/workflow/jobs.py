@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int64
 
 from worldloom import data
-from worldloom.agents import fit_behaviour_cloning, fit_reactive
+from worldloom.agents import fit_behaviour_cloning, fit_goal_inverse, fit_reactive
 from worldloom.core.errors import CheckpointError, ConfigError, WorldloomError
 from worldloom.core.files import require_writable, write_json
 from worldloom.core.hardware import choosable_threads, use_threads
@@ -150,8 +150,9 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
     # The methods, and the way data are read, do not affect the trained parameters.
     free = ["methods.", "data", "default_method", "protocol", "description", "rules"]
     free += [f"training.{key}" for key in FREE]
-    # Additional coarser models and probes are fitted later.
+    # Additional coarser models, probes and policies are fitted later.
     free += ["hierarchy"] if recipe.hierarchy[: len(recorded.hierarchy)] == recorded.hierarchy else []
+    free += ["goal_inverse"] if recorded.goal_inverse is None else []
     free += ["probes"] if recorded.probes.items() <= recipe.probes.items() else []
     if wrong := [key for key in differ if not key.startswith(tuple(free))]:
         raise ConfigError(
@@ -214,6 +215,8 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
     for name, probe in recipe.probes.items():
         learn(f"probe-{name}", _fit_probe, model, cache, training, name, probe)
     learn("reactive", fit_reactive, model, latents, run.heads.geometry, recipe.reactive)
+    if recipe.goal_inverse is not None:
+        learn("goal-inverse", fit_goal_inverse, model, latents, recipe.goal_inverse)
     cloning = partial(fit_behaviour_cloning, episodes=training, device=model.device)
     learn("cloning", cloning, cache, recipe.cloning)
     reversibility = run.heads.geometry.reversibility
@@ -236,7 +239,8 @@ def _added(recipe: Recipe) -> list[str]:
     """Return the heads that a recipe may add to a complete run."""
     levels = [f"coarse-{level}" for level in range(1, len(recipe.hierarchy) + 1)]
     probes = [f"probe-{name}" for name in recipe.probes]
-    return ["support", *levels, *(f"{level}-geometry" for level in levels), *probes]
+    policies = [] if recipe.goal_inverse is None else ["goal-inverse"]
+    return ["support", *levels, *(f"{level}-geometry" for level in levels), *probes, *policies]
 
 
 def _fit_probe(

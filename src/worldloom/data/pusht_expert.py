@@ -40,6 +40,7 @@ _LENGTHS = np.array([5, 10, 16, 24, 34, 46, 62, 82, 110], np.float64)  # of a pu
 _NEVER = 1e6  # px; the length of a way that does not exist
 _HALF = 450.0  # px; the way of the disc that is worth half of the block's error
 _PRECISE = 3.0  # px; smaller errors count as this one
+_LOSS = 10.0  # px of the disc's way for each px by which the block's centre leaves its room
 _CHANGE = 20.0  # px; the way that a second push costs in addition
 _ARRIVED, _ASIDE, _OVER = 6.0, 12.0, 2.0  # px; where a push begins, from where it has slipped, and when it is over
 
@@ -263,7 +264,7 @@ class _Hand(ExpertEpisode):
         ends = block.centre + pushes.moved * cmath.exp(1j * block.angle)
         outside = sum(np.maximum(np.abs(part - _TABLE / 2) - _TABLE / 2 + _ROOM, 0) for part in (ends.real, ends.imag))
         ways = (self._lines(disc)[:, None] + self._ways[:, :count]).min(axis=0)
-        cost = best + ways[:, None] + _LENGTHS + 10 * outside
+        cost = best + ways[:, None] + _LENGTHS + _LOSS * outside
         push, size = np.unravel_index(int(cost.argmin()), cost.shape)
         self._push, self._pushing = int(push), False
         self._end = _Pose(complex(ends[push, size]), block.angle + float(pushes.turned[push, size]))

@@ -26,6 +26,7 @@ from worldloom.data.preview import contact_sheet, encode_video, to_rgb, video, w
 from worldloom.data.spec import DatasetSpec
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.data.streaming import DataConfig, load_frames, stream_frames
+from worldloom.data.turned import TurnedPixels
 from worldloom.data.validation import Problem, validate
 from worldloom.data.variation import require_plausible, require_variation
 from worldloom.data.windows import WindowSampler
@@ -45,6 +46,7 @@ __all__ = [
     "Problem",
     "SlidingPool",
     "Statistics",
+    "TurnedPixels",
     "WindowSampler",
     "check_episode",
     "collect",

@@ -68,7 +68,8 @@ def calibrate(
     which the margins would have refused the first plan that broke a guardrail, or infinite if the fallback acted
     instead of a plan. If the tolerance quantile of the scores (see `tolerance_quantile`) is at most the round's factor,
     calibration ends: the risk is met at the confidence of one round, in such episodes and for plans that are chosen
-    with these margins (see `worldloom.guardrails.margins` for a proof sketch). Otherwise the next round's factor is the quantile, limited to 1.25 to 1.5 times the previous factor.
+    with these margins (`worldloom.guardrails.margins` has a proof sketch). Otherwise the next round's factor is the
+    quantile, limited to 1.25 to 1.5 times the previous factor.
 
     For a method with the guard "per candidate", the margins come only from the logs. The margins are signed with `key`,
     by default the user's own key.

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +203,14 @@ def test_coarser_models_are_learned_on_top_of_a_complete_run_and_the_rest_is_kep
     # Another one in place of what was learned is another recipe.
     with pytest.raises(ConfigError, match="the recipes differ in hierarchy"):
         workflow.train(recipe, dataset, run.path, resume=True)
+
+
+def test_a_symmetric_probe_of_more_than_square_pictures_is_refused(recipe, dataset, run, monkeypatch) -> None:
+    more = replace(dataset.spec, observation=replace(dataset.spec.observation, vector=2))
+    monkeypatch.setattr(dataset, "spec", more)
+    symmetric = recipe.override(['probes={"position": {"symmetric": true, "episodes": 8, "steps": 5}}'])
+    with pytest.raises(ConfigError, match="'position' is symmetric, which needs observations that are square pictures"):
+        workflow.train(symmetric, dataset, run.path, resume=True)
 
 
 def test_probes_are_learned_on_top_of_a_complete_run(recipe, dataset, run, untouched) -> None:

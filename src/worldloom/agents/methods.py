@@ -27,6 +27,7 @@ from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry
 from worldloom.core.seams import Agent, Metric, Objective, Policy
 from worldloom.core.seeds import torch_generator
+from worldloom.core.types import ModelSpec
 from worldloom.guardrails import BoundRail, BoundRules, Margins, Recalibration
 from worldloom.heads import Heads, predict_arrival
 from worldloom.memory import EpisodicMemory, LandmarkConfig, LandmarkGraph
@@ -122,7 +123,7 @@ class GoalInverseMethod(MethodConfig):
         return GoalInverseAgent(parts.heads.model, _goal_inverse(parts.heads), blocks=self.blocks)
 
 
-_NEWER = frozenset({"nearest"})  # settings that the first margins did not contain
+_NEWER = frozenset({"nearest", "certified"})  # settings that the first margins did not contain
 
 
 class PlannedMethod(MethodConfig):
@@ -131,12 +132,18 @@ class PlannedMethod(MethodConfig):
     With `noise`, a plan must also satisfy the guardrails from perturbed states; `noise` is the size of the perturbation
     in typical model steps (see `Planner`). With a rate `recalibrate`, calibrated margins grow while prediction errors
     are larger than during calibration (see `Recalibration`).
+
+    `certified` selects the blocks whose errors determine the margins: all blocks of the "plan", or only those that are
+    "followed" before the agent plans again. In the second case, the later blocks have the margin of the last followed
+    block, although errors grow along a plan. Whatever is selected, all blocks must satisfy the guardrails with their
+    margins.
     """
 
     solver: SolverField = CEM()
     horizon: int = Field(default=6, ge=1)
     noise: float = Field(default=0.0, ge=0)
     recalibrate: float = Field(default=0.0, ge=0)
+    certified: Literal["plan", "followed"] = "plan"
 
     @property
     def guarding(self) -> Guard:
@@ -162,6 +169,10 @@ class PlannedMethod(MethodConfig):
         fields = type(self).model_fields
         unset = {name for name in _NEWER & fields.keys() if getattr(self, name) == fields[name].default}
         return self.model_dump(mode="json", exclude={"recalibrate", *unset})
+
+    def own_margins(self, spec: ModelSpec) -> int:
+        """Return the number of blocks that have margins of their own."""
+        return self.horizon if self.certified == "plan" else 1
 
     def margins(self, parts: AgentParts) -> Margins | None:
         """Return the margins of the guardrails, or None if none were calibrated for the rules and this method."""
@@ -281,6 +292,10 @@ class PlanMethod(PlannedMethod):
     def guarding(self) -> Guard:
         """How the method applies guardrails; one of `Guard`."""
         return self.guard
+
+    def own_margins(self, spec: ModelSpec) -> int:
+        """Return the number of blocks that have margins of their own."""
+        return self.horizon if self.certified == "plan" else max(1, math.ceil(self.replan / spec.block))
 
     def build(self, parts: AgentParts, *, seed: int) -> Agent:
         """Build the agent."""

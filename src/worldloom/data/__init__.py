@@ -29,6 +29,7 @@ from worldloom.data.reacher_expert import ReacherExpertOptions
 from worldloom.data.spec import DatasetSpec
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.data.streaming import DataConfig, load_frames, stream_frames
+from worldloom.data.turned import TurnedPixels
 from worldloom.data.two_room_expert import TwoRoomExpertOptions
 from worldloom.data.validation import Problem, validate
 from worldloom.data.variation import require_plausible, require_variation
@@ -52,6 +53,7 @@ __all__ = [
     "ReacherExpertOptions",
     "SlidingPool",
     "Statistics",
+    "TurnedPixels",
     "TwoRoomExpertOptions",
     "WindowSampler",
     "check_episode",

@@ -6,6 +6,15 @@ candidates is wrongly admitted with probability a, at least one is wrongly admit
 1 - (1 - a)^k. Instead, each calibration episode has one score: the factor on the margins above which the first plan
 that broke a guardrail in the episode would have been refused. If a new episode is exchangeable with the calibration
 episodes, it breaks a guardrail with at most the stated probability, whatever the search does.
+
+Proof sketch. A round of calibration is n episodes of one method, whose margins are fixed before the round. A plan that
+was chosen satisfied these margins, so only a larger factor would have refused it: each episode in which a guardrail
+broke scores above the round's factor. The round is accepted if at most k episodes score above this factor, where k is
+the largest number with P(Binomial(n, risk) <= k) <= 1 - confidence. If the method breaks a guardrail in more than the
+share `risk` of episodes, a round accepts it with probability at most 1 - confidence. This is an exact binomial test
+(Clopper and Pearson 1934), as in Learn then Test (Angelopoulos et al., arXiv 2110.01052). The test does not depend on
+which blocks of a plan have which margins. The confidence applies to each round: by the union bound, r rounds accept
+some method of too large a risk with probability at most r (1 - confidence).
 """
 
 import hashlib
@@ -255,6 +264,16 @@ def margin_shape(errors: Float[Tensor, "N G T"], risk: float, *, least: float = 
             )
     shape = shape.clamp_min(0).cummax(dim=1).values
     return shape.clamp_min(max(least * float(shape.max()), 1e-6))
+
+
+def level_after(shape: Float[Tensor, "G T"], blocks: int) -> Float[Tensor, "G T"]:
+    """Return margins that stay level after the first `blocks` steps.
+
+    Errors grow along a plan, but an agent that plans again after `blocks` steps never acts on the later ones. The
+    guarantee does not need their full margins (see the module): it comes from episodes in which agents acted with
+    exactly these margins.
+    """
+    return torch.cat([shape[:, :blocks], shape[:, blocks - 1 : blocks].expand(-1, shape.shape[1] - blocks)], dim=1)
 
 
 def refusing(predicted: Float[Tensor, "N G T"], shape: Float[Tensor, "G T"]) -> Float[Tensor, "N"]:

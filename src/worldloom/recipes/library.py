@@ -15,7 +15,7 @@ from worldloom.agents import (
     default_methods,
 )
 from worldloom.core.registry import Registry
-from worldloom.guardrails import Box, KeepIn, RuleLayer
+from worldloom.guardrails import Box, Hold, KeepIn, RuleLayer
 from worldloom.heads import CoarseConfig, DistanceConfig
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import PatchConv
@@ -141,7 +141,11 @@ def long_maze() -> Recipe:
 def pits() -> Recipe:
     """One room with three pits at random places in each episode; an agent that falls into a pit stays there."""
     away = KeepIn(quantity="pit_depth", region=Box(high=(0.0,)), reason="an agent that falls into a pit cannot get out")
-    depth = LabelledProbe(episodes=24_000, hidden=(128, 128), steps=8000, between=(-8.0, 4.0))
+    # The precision of the probe determines the margins. It depends on the number of layouts: hold out only a few, and
+    # mirror and turn the others.
+    depth = LabelledProbe(
+        episodes=24_000, hidden=(128, 128), steps=8000, between=(-8.0, 4.0), held_out=0.05, symmetric=True
+    )
     return Recipe(
         name="pits",
         description="A room with three pits in 64x64 RGB, at random places in each episode; a fall ends the episode.",
@@ -151,7 +155,8 @@ def pits() -> Recipe:
         training=TrainingConfig(steps=7000, batch=128, horizon=3, validate_every=1000, checkpoint_every=1000),
         distance=DistanceConfig(hidden=(128, 64)),  # as good as twice the width (docs/log.md)
         probes={"pit_depth": depth, "position": LabelledProbe(episodes=2000)},
-        rules=RuleLayer(owner="the recipe", risk=0.05, guardrails={"out of the pits": away}),
+        # An agent that stops where the margins leave no plan stops for good, so it moves away from the pits instead.
+        rules=RuleLayer(owner="the recipe", risk=0.05, guardrails={"out of the pits": away}, fallback=Hold()),
         methods={
             "random": RandomMethod(),
             "behaviour cloning": CloningMethod(),
@@ -159,7 +164,7 @@ def pits() -> Recipe:
             "penalty": PlanMethod(guard="penalty"),
             "uncalibrated": PlanMethod(guard="uncalibrated"),
             "per candidate": PlanMethod(guard="per candidate"),
-            "calibrated": PlanMethod(),
+            "calibrated": PlanMethod(certified="followed"),
         },
         default_method="calibrated",
         protocol="pits@1",

@@ -32,10 +32,15 @@ class CollectionConfig(Config):
 
 
 class LabelledProbe(ProbeConfig):
-    """A probe of a label column (by default, the column with the probe's name), fitted on labelled episodes."""
+    """A probe of a label column (by default, the column with the probe's name), fitted on labelled episodes.
+
+    `symmetric` states that the label does not change if a square picture is mirrored or turned by quarter turns. The
+    probe is then fitted on each frame twice: as it is, and in another position.
+    """
 
     label: str = ""
     episodes: int = Field(default=50, ge=4)
+    symmetric: bool = False
 
 
 class Recipe(Config):

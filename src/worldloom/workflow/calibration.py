@@ -28,6 +28,7 @@ from worldloom.guardrails import (
     Margins,
     conformal_quantile,
     errors_seen,
+    level_after,
     margin_shape,
     refusing,
     seen_violations,
@@ -66,8 +67,9 @@ def calibrate(
     Each episode has a score, which is 0 if no guardrail was broken. Otherwise the score is the smallest factor with
     which the margins would have refused the first plan that broke a guardrail, or infinite if the fallback acted
     instead of a plan. If the tolerance quantile of the scores (see `tolerance_quantile`) is at most the round's factor,
-    calibration ends: the risk is met at this confidence, in such episodes and for plans that are chosen with these
-    margins. Otherwise the next round's factor is the quantile, limited to 1.25 to 1.5 times the previous factor.
+    calibration ends: the risk is met at the confidence of one round, in such episodes and for plans that are chosen
+    with these margins (`worldloom.guardrails.margins` has a proof sketch). Otherwise the next round's factor is the
+    quantile, limited to 1.25 to 1.5 times the previous factor.
 
     For a method with the guard "per candidate", the margins come only from the logs. The margins are signed with `key`,
     by default the user's own key.
@@ -89,8 +91,10 @@ def calibrate(
         )
     risk, path, signer = rules.rule_set.risk, rules.margins_path(config.calibrated_as), key or own_key()
     require_writable(path, state_folder())
-    about: dict[str, Any] = {"method": config.model_dump(mode="json"), "inputs": rules.inputs()}
+    settings = {**config.calibrated_as, "recalibrate": config.recalibrate}
+    about: dict[str, Any] = {"method": settings, "inputs": rules.inputs()}
     shape = _shape(run, rules.rails(), config.horizon, risk, progress)
+    shape = level_after(shape, config.own_margins(run.model.spec))
     if config.guarding == "per candidate":
         margins = Margins(values=shape, risk=risk, episodes=0)
         write_margins(path, margins, rules.rule_set, about, signer)

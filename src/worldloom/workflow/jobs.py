@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,7 +25,7 @@ from worldloom.core.progress import SILENT, Progress
 from worldloom.core.registry import nearest
 from worldloom.core.seams import Agent, WorldModel
 from worldloom.core.seeds import torch_generator
-from worldloom.data import EpisodeDataset, Frames, load_frames
+from worldloom.data import EpisodeDataset, Frames, TurnedPixels, load_frames
 from worldloom.envs import declares_plant, register_envs
 from worldloom.evaluation import PROTOCOLS, Changes, Protocol, Results, gym_protocol
 from worldloom.evaluation import evaluate as evaluate_methods
@@ -87,7 +88,8 @@ def train(
 
     Raises:
         StorageError: the folder contains a run and `resume` is not set, or writing failed.
-        ConfigError: a resumed run has a different recipe (the message lists the keys), or a probe's label is missing.
+        ConfigError: a resumed run has a different recipe (the message lists the keys), a probe's label is missing, or a
+            symmetric probe cannot be fitted on the dataset's observations.
         CheckpointError: a resumed run has different data.
         DataError, TrainingError: see `worldloom.training.fit`.
     """
@@ -99,6 +101,12 @@ def train(
             raise ConfigError(
                 f"probe {name!r} needs the label {label!r}, which the dataset does not have; "
                 f"{nearest(label, dataset.spec.labels)}"
+            )
+        seen = dataset.spec.observation
+        if probe.symmetric and (seen.vector or seen.pixels is None or seen.pixels[0] != seen.pixels[1]):
+            raise ConfigError(
+                f"probe {name!r} is symmetric, which needs observations that are square pictures only; got pixels "
+                f"{seen.pixels} and a vector of {seen.vector} values. Leave out 'symmetric'"
             )
     fabric = make_fabric(recipe.training)
     ranks = Ranks(fabric, recipe.training.timeout_minutes)
@@ -256,13 +264,18 @@ def _fit_probe(
     """Fit a probe on frames of the first training episodes, one block apart."""
     label, block = config.label or name, model.spec.block
     chosen = training[cache.lengths[training] > block][: config.episodes]
-    seen = encode_episodes(model, cache, episodes=chosen, progress=progress)
+    views = [cache]
+    if config.symmetric:
+        assert cache.pixels is not None
+        views.append(replace(cache, pixels=TurnedPixels(cache.pixels, seed=seed)))
     latents, values, groups = [], [], []
-    for row, (episode, length) in enumerate(zip(chosen.tolist(), seen.lengths.tolist(), strict=True)):
-        frames = cache.starts[episode] + block * np.arange(length)
-        latents.append(seen.latents[row, :length])
-        values.append(torch.from_numpy(np.asarray(cache.labels[label][frames])))
-        groups.append(torch.full((length,), row))
+    for view in views:
+        seen = encode_episodes(model, view, episodes=chosen, progress=progress)
+        for row, (episode, length) in enumerate(zip(chosen.tolist(), seen.lengths.tolist(), strict=True)):
+            frames = cache.starts[episode] + block * np.arange(length)
+            latents.append(seen.latents[row, :length])
+            values.append(torch.from_numpy(np.asarray(cache.labels[label][frames])))
+            groups.append(torch.full((length,), row))
     fitting = ProbeConfig.parse(config.model_dump(include=set(ProbeConfig.model_fields)))
     return fit_probe(
         torch.cat(latents), torch.cat(values), fitting, groups=torch.cat(groups), seed=seed, progress=progress

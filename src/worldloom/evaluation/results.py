@@ -502,7 +502,8 @@ def table_rows(results: Results | PooledResults) -> list[list[str]]:
     splits = list(dict.fromkeys(row.split for row in results.rows))
     methods = list(dict.fromkeys(row.method for row in results.rows))
     cells: dict[tuple[str, str], Row | PooledRow] = {(row.method, row.split): row for row in results.rows}
-    heads = [_split_head(next(row for row in results.rows if row.split == split)) for split in splits]
+    logged = results.protocol.goal_source == "logged-policy"
+    heads = [_split_head(next(row for row in results.rows if row.split == split), logged) for split in splits]
     limited, floors = bool(results.protocol.limits), {split: floor_of(results, split) for split in splits}
     floored = len(methods) > 1 and any(floors.values())
     rows = [
@@ -532,9 +533,9 @@ def table_rows(results: Results | PooledResults) -> list[list[str]]:
     return rows
 
 
-def _split_head(row: Row | PooledRow) -> str:
-    """Return a split's name, its count, and the share of goals that the start already satisfies."""
-    solved = f", {row.solved_at_start / row.overall.n:.1%} solved at the start" if row.solved_at_start else ""
+def _split_head(row: Row | PooledRow, logged: bool) -> str:
+    """Return a split's name, its count and, for `logged` goals, the share that the start already satisfies."""
+    solved = f", {row.solved_at_start / row.overall.n:.1%} solved at the start" if logged else ""
     return f"{row.split} (n={row.overall.n}{solved})"
 
 

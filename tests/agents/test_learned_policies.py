@@ -86,6 +86,30 @@ def test_the_reactive_policy_reaches_goals_alone(policy: ReactivePolicy, every: 
     assert (drive(agent, 16) < 1.0).all()
 
 
+def test_only_an_agent_that_is_stuck_takes_random_blocks(policy: ReactivePolicy) -> None:
+    goals = torch.tensor([[6.0, 1.0], [6.0, 1.0], [0.1, 0.0]])  # the last agent is at its goal
+    agent = ReactiveAgent(WORLD, policy, step_length=1.0, seed=1)
+    agent.reset(Goal(observations=look(goals)))
+    taken = []
+    for step in range(3):
+        position = torch.tensor([[0.0, 0.0], [1.0 * step, 0.0], [0.0, 0.0]])  # the first agent does not move
+        with torch.no_grad():
+            usual = policy(position, goals).view(3, 2, 2)
+        block = torch.stack([agent.act(look(position)) for _ in range(2)], dim=1)
+        torch.testing.assert_close(block[1:], usual[1:])
+        assert (block.abs() <= 1).all()
+        assert torch.equal(block[0], usual[0]) == (step == 0)
+        taken.append(block[0])
+    assert not torch.equal(taken[1], taken[2])
+    agent.select([1, 0])
+    position = torch.tensor([[5.0, 0.0], [0.0, 0.0]])
+    with torch.no_grad():
+        usual = policy(position, goals[:2]).view(2, 2, 2)
+    block = torch.stack([agent.act(look(position)) for _ in range(2)], dim=1)
+    torch.testing.assert_close(block[0], usual[0])
+    assert not torch.allclose(block[1], usual[1])
+
+
 def test_the_reactive_policy_proposes_a_plan(policy: ReactivePolicy) -> None:
     context = Context(latents=torch.zeros(3, 1, 2), actions=torch.zeros(3, 0, 4))
     with torch.no_grad():

@@ -33,8 +33,9 @@ class GoalInverseConfig(FitConfig):
     hidden: Sizes = Field(default=(256, 256), min_length=1)
     reach: int = Field(default=12, ge=1)
     chunk: int = Field(default=4, ge=1)
-    modes: int = Field(default=8, ge=1)
+    modes: int = Field(default=4, ge=1)
     steps: int = Field(default=2000, ge=1)
+    batch: int = Field(default=256, ge=1)
 
 
 class GoalInverse(Head[GoalInverseConfig]):

@@ -102,13 +102,14 @@ class CloningMethod(MethodConfig):
 
 @METHODS.register("reactive")
 class ReactiveMethod(MethodConfig):
-    """The reactive policy without planning (mode 1)."""
+    """The reactive policy without planning (mode 1); an agent that is stuck takes a random block."""
 
     name: Literal["reactive"] = "reactive"
 
     def build(self, parts: AgentParts, *, seed: int) -> Agent:
         """Build the agent."""
-        return ReactiveAgent(parts.heads.model, _reactive(parts.heads))
+        heads = parts.heads
+        return ReactiveAgent(heads.model, _reactive(heads), step_length=heads.geometry.step_length, seed=seed)
 
 
 @METHODS.register("goal-inverse")

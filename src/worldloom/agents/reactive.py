@@ -1,6 +1,7 @@
 """A fast policy distilled from the model: it acts directly (mode 1), or proposes plans to the search (mode 2)."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from worldloom.core.errors import PlanningError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.seeds import seeded_weights, torch_generator
-from worldloom.core.types import Context, ModelSpec
+from worldloom.core.types import ActionBounds, Context, Goal, ModelSpec
 from worldloom.heads import (
     FitConfig,
     Head,
@@ -31,6 +32,8 @@ from worldloom.planning.solvers import SolverField, TreeSearch
 
 _log = logging.getLogger(__name__)
 _PROBLEMS_AT_ONCE = 128
+_AWAY = Walk(drift=0, renewal=0, slowest=1, fastest=1)  # straight, because a straight block leads farthest away
+_STUCK = 0.3  # step lengths; an agent that moved less in its last block is stuck
 
 
 class ReactiveConfig(FitConfig):
@@ -191,11 +194,23 @@ class PolicyProposer:
 class ReactiveAgent(PolicyAgent):
     """Applies the policy without planning; observes every `every` environment steps, by default after each block.
 
+    The policy is deterministic, so an agent that it presses against a wall would stay there forever. With a
+    `step_length` (the typical length of a model step), an agent is stuck if its last block moved it by less than 0.3
+    step lengths, and its goal is farther away than a step length. It then takes a straight block in a random direction.
+
     Raises:
         PlanningError: `every` is below 1 or longer than a block.
     """
 
-    def __init__(self, model: WorldModel, policy: ReactivePolicy, *, every: int | None = None) -> None:
+    def __init__(
+        self,
+        model: WorldModel,
+        policy: ReactivePolicy,
+        *,
+        every: int | None = None,
+        step_length: float | None = None,
+        seed: int = 0,
+    ) -> None:
         block = model.spec.block
         if every is not None and not 1 <= every <= block:
             raise PlanningError(
@@ -203,5 +218,33 @@ class ReactiveAgent(PolicyAgent):
             )
         super().__init__(
             lambda observations: model.encode(observations.to(model.device)),
-            lambda latents, goal: policy(latents, goal).view(len(latents), block, -1)[:, :every],
+            lambda latents, goal: self._next(latents, goal).view(len(latents), block, -1)[:, :every],
         )
+        self._spec, self._reactive, self._step_length = model.spec, policy, step_length
+        self._part = (every or block) / block
+        self._generator = torch_generator(seed, "reactive-agent", device=model.device)
+        self._before: Float[Tensor, "B D"] | None = None
+
+    def reset(self, goal: Goal) -> None:
+        """Set a new goal for each environment."""
+        super().reset(goal)
+        self._before = None
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only these environments, given by their places in the last batch, in this order."""
+        super().select(rows)
+        self._before = None if self._before is None else self._before[list(rows)]
+
+    def _next(self, latents: Float[Tensor, "B D"], goal: Float[Tensor, "B D"]) -> Float[Tensor, "B A"]:
+        """Return the policy's blocks, or random ones for environments that are stuck."""
+        blocks: Tensor = self._reactive(latents, goal)
+        before, self._before = self._before, latents
+        if self._step_length is None or before is None:
+            return blocks
+        still_there = (latents - before).norm(dim=-1) < _STUCK * self._part * self._step_length
+        stuck = still_there & ((goal - latents).norm(dim=-1) > self._step_length)
+        if not stuck.any():
+            return blocks
+        bounds = ActionBounds.of(self._spec, latents.device)
+        walks = _AWAY.sample(self._spec, bounds, (len(latents), 1, 1), self._generator)[:, 0, 0]
+        return torch.where(stuck[:, None], walks, blocks)

@@ -308,7 +308,7 @@ def test_margins_of_too_few_episodes_are_refused(
     values = json.loads(margins_path(run, "per candidate").read_text())
     path = margins_path(run, "calibrated")
     path.write_text(json.dumps(values))
-    method = planned(run, "calibrated").model_dump(mode="json")
+    method = planned(run, "calibrated").calibrated_as
     signed_again(path, own_key(), **{"method": method, "confidence": 0.9, "episodes": 8, **changes})
     if said is None:
         assert margins_of(run, "calibrated") is not None

@@ -523,7 +523,7 @@ def table_rows(results: Results | PooledResults) -> list[list[str]]:
             [
                 method,
                 *(_success_text(cells[method, split]) if (method, split) in cells else "-" for split in splits),
-                *([" / ".join(above_text(row.overall.above(floors[row.split])) for row in mine)] if floored else []),
+                *([" / ".join(_above_share(row, floors[row.split]) for row in mine)] if floored else []),
                 *([" / ".join(_rate_text(row.violated) for row in mine)] if limited else []),
                 " / ".join(_number(row.steps_over_shortest) for row in mine),
                 " / ".join(_number(row.spl) for row in mine),
@@ -554,6 +554,12 @@ def _rate_text(rate: SuccessRate) -> str:
 def above_text(value: tuple[float, float, float] | None) -> str:
     """Return a rate above the floor and its interval, in percent; "-" if there is none."""
     return "-" if value is None else f"{value[0]:.1%} [{100 * value[1]:.1f}, {100 * value[2]:.1f}]"
+
+
+def _above_share(row: Row | PooledRow, floor: SuccessRate | None) -> str:
+    """Return the rate above the floor without its interval, for which a table has no room."""
+    above = row.overall.above(floor)
+    return "-" if above is None else f"{above[0]:.1%}"
 
 
 def _latency_text(row: Row | PooledRow) -> str:

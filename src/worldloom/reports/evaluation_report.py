@@ -10,7 +10,7 @@ import numpy as np
 
 import worldloom
 from worldloom.core.files import write_text
-from worldloom.evaluation import Recording, Results, Row, above_text, floor_of
+from worldloom.evaluation import Recording, Results, Row, floor_of
 from worldloom.reports.figures import (
     COLOURS,
     DistanceMap,
@@ -183,7 +183,8 @@ def _row(results: Results, row: Row) -> dict[str, Any]:
         "high": high,
         "rate_text": _percent(row.overall.rate),
         "interval_text": _interval(row.overall.interval),
-        "above": above_text(row.overall.above(floor_of(results, row.split))),
+        # Without the interval, for which the table has no room.
+        "above": "-" if (above := row.overall.above(floor_of(results, row.split))) is None else _percent(above[0]),
         "count": f"{row.overall.successes} / {row.overall.n}",
         "violated": f"{_percent(row.violated.rate)} ({_interval(row.violated.interval)})",
         "spl": _number(row.spl),

@@ -85,7 +85,8 @@ class KeypointEncoder(nn.Module):
         self.expand = nn.Identity() if config.mixing == wide else nn.Linear(config.mixing, wide)
         self.attend = nn.Linear(wide, config.maps + config.features)
         grid = torch.meshgrid(*(torch.linspace(-2, 2, count) for count in (rows, columns)), indexing="ij")
-        self.register_buffer("positions", torch.stack([grid[1], grid[0]], dim=-1).flatten(0, 1))  # (cells, 2), x first
+        places = torch.stack([grid[1], grid[0]], dim=-1).flatten(0, 1)  # (cells, 2), x first
+        self.register_buffer("positions", places, persistent=False)
         keypoints = config.maps * (2 + config.features)
         self.linear = nn.Linear(keypoints, latent_dim)
         self.mlp = MLP((keypoints, config.hidden, latent_dim))

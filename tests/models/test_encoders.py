@@ -48,6 +48,7 @@ def test_each_frame_is_encoded_alone_whatever_its_shape(odd_case, config) -> Non
 
 @pytest.mark.parametrize("config", SMALL[:8], ids=lambda config: config.name)
 def test_every_pixel_reaches_the_latent(odd_case, config) -> None:
+    torch.manual_seed(0)  # few of the weights hide a pixel behind a ReLU
     encoder = config.build(odd_case.observation, odd_case.statistics, 6)
     observations = odd_case.observations(1)
     plain = encoder(observations)

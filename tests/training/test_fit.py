@@ -18,6 +18,7 @@ from train_blobs import CONFIG, MODEL, STEPS, train
 
 from worldloom.core.errors import CheckpointError, ConfigError, TrainingError
 from worldloom.core.hardware import use_threads
+from worldloom.data import POSITIONS, turn_pictures
 from worldloom.models import JEPAConfig, load_model, load_tensors
 from worldloom.models.encoders import VectorMLP
 from worldloom.models.losses import LOSSES
@@ -401,3 +402,35 @@ def test_a_training_that_becomes_much_slower_says_so_once(caplog) -> None:
             pace.check(step, seconds)
     assert [record.args[0] for record in caplog.records] == [7, 12]
     assert "resume with --threads 1" in caplog.text
+
+
+def test_with_a_symmetry_every_window_is_shown_in_a_position_of_its_own(cache, tmp_path, monkeypatch) -> None:
+    seen = []
+    whole = loop.Learner.forward
+
+    def forward(learner, pixels, vector, actions, step):
+        seen.append((pixels.numpy().copy(), actions.numpy().copy()))
+        return whole(learner, pixels, vector, actions, step)
+
+    monkeypatch.setattr(loop.Learner, "forward", forward)
+    plain = CONFIG.override(["steps=2", "target=null"])
+    turning = plain.override(['symmetry={"vectors": [[0, 1]]}'])
+    for name, config in {"plain": plain, "turning": turning}.items():
+        fit(config, MODEL, cache, RunFolder.create(tmp_path / name, {}, {}))
+    assert turning.symmetry is not None
+    met = set()
+    for (pixels, actions), (turned, led) in zip(seen[:2], seen[2:], strict=True):
+        for row in range(len(pixels)):
+            views = turn_pictures(np.repeat(pixels[row : row + 1], POSITIONS, axis=0), np.arange(POSITIONS))
+            (position,) = [place for place, view in enumerate(views) if np.array_equal(view, turned[row])]
+            single = actions[row].reshape(-1, 2)
+            expected = turning.symmetry.turn_actions(single, np.full(len(single), position))
+            assert np.array_equal(led[row].reshape(-1, 2), expected)
+            met.add(position)
+    assert len(met) >= 4  # of 16 windows
+
+
+def test_a_symmetry_that_does_not_fit_the_data_is_refused(cache, tmp_path) -> None:
+    wrong = CONFIG.override(['symmetry={"spins": [2]}'])
+    with pytest.raises(ConfigError, match="component 2 of the action, but actions have 2 values"):
+        fit(wrong, MODEL, cache, RunFolder.create(tmp_path / "run", {}, {}))

@@ -127,6 +127,33 @@ def test_a_predictor_is_refined_once_and_as_in_an_unbroken_run(recipe, dataset, 
     assert digests(tmp_path / "run") == digests(whole.path)
 
 
+def test_refinement_shows_the_episodes_in_other_positions_too(recipe, dataset, tmp_path, monkeypatch) -> None:
+    shown = []
+
+    def refine(model, parts, config, **rest):
+        shown.extend(parts)
+        return model
+
+    monkeypatch.setattr(workflow, "refine_predictor", refine)
+    refining = recipe.override(['refinement={"copies": 2}', 'training.symmetry={"vectors": [[0, 1]]}'])
+    workflow.train(refining, dataset, tmp_path / "run")
+    block = refining.model.block
+    plain, *copies = (shown[at] for at in range(0, len(shown), block))
+    assert (len(shown), len(copies)) == (3 * block, 2)
+    for copy in copies:
+        assert not torch.equal(copy.latents, plain.latents)
+        # Turning changes an action's components, but not its length.
+        lengths = [part.blocks.unflatten(-1, (-1, 2)).norm(dim=-1) for part in (plain, copy)]
+        assert torch.allclose(*lengths)
+        assert not torch.equal(copy.blocks, plain.blocks)
+    assert not torch.equal(copies[0].blocks, copies[1].blocks)
+
+
+def test_copies_without_a_symmetry_are_refused(recipe) -> None:
+    with pytest.raises(ConfigError, match=r"refinement.copies needs training.symmetry"):
+        recipe.override(['refinement={"copies": 2}'])
+
+
 def test_broken_off_within_the_world_model_it_goes_on_from_the_checkpoint(recipe, dataset, run, untouched) -> None:
     before = digests(run.path)
     shutil.rmtree(run.path / "model")

@@ -29,7 +29,7 @@ from worldloom.data.reacher_expert import ReacherExpertOptions
 from worldloom.data.spec import DatasetSpec
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.data.streaming import DataConfig, load_frames, stream_frames
-from worldloom.data.turned import TurnedPixels
+from worldloom.data.symmetry import POSITIONS, SquareSymmetry, TurnedPixels, require_square, turn_pictures
 from worldloom.data.two_room_expert import TwoRoomExpertOptions
 from worldloom.data.validation import Problem, validate
 from worldloom.data.variation import require_plausible, require_variation
@@ -38,6 +38,7 @@ from worldloom.data.windows import WindowSampler
 __all__ = [
     "FORMAT",
     "POLICIES",
+    "POSITIONS",
     "Columns",
     "CubeExpertOptions",
     "CubeWalkOptions",
@@ -52,6 +53,7 @@ __all__ = [
     "PushTExpertOptions",
     "ReacherExpertOptions",
     "SlidingPool",
+    "SquareSymmetry",
     "Statistics",
     "TurnedPixels",
     "TwoRoomExpertOptions",
@@ -79,12 +81,14 @@ __all__ = [
     "policy_generator",
     "read_picture",
     "require_plausible",
+    "require_square",
     "require_variation",
     "resize",
     "room_for",
     "stream_frames",
     "table_written",
     "to_rgb",
+    "turn_pictures",
     "validate",
     "video",
     "write_sheet",

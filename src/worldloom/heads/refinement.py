@@ -22,9 +22,13 @@ from worldloom.models import JEPA
 
 
 class RefinementConfig(FitConfig):
-    """The configuration of `refine_predictor`: open-loop predictions over `horizon` blocks."""
+    """The configuration of `refine_predictor`: open-loop predictions over `horizon` blocks.
+
+    If training has a symmetry, the episodes are also shown in other positions: each in `copies` of them.
+    """
 
     horizon: int = Field(default=8, ge=1)
+    copies: int = Field(default=0, ge=0)
     steps: int = Field(default=5000, ge=1)
     batch: int = Field(default=256, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)

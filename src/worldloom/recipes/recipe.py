@@ -75,11 +75,13 @@ class Recipe(Config):
     protocol: str | None = None
 
     @model_validator(mode="after")
-    def _check_default(self) -> "Recipe":
+    def _check(self) -> "Recipe":
         if self.default_method not in self.methods:
             raise ValueError(
                 f"unknown default_method {self.default_method!r}; {nearest(self.default_method, self.methods)}"
             )
+        if self.refinement is not None and self.refinement.copies and self.training.symmetry is None:
+            raise ValueError("refinement.copies needs training.symmetry; set it, or set refinement.copies to 0")
         return self
 
     def method(self, name: str | None = None, *, guarded: bool = False) -> MethodConfig:

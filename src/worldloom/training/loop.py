@@ -28,7 +28,15 @@ from worldloom.core.hardware import (
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import derive_seed, numpy_generator, seeded_weights
 from worldloom.core.types import Windows
-from worldloom.data import Frames, SlidingPool, WindowSampler, compute_statistics, require_plausible, require_variation
+from worldloom.data import (
+    POSITIONS,
+    Frames,
+    SlidingPool,
+    WindowSampler,
+    compute_statistics,
+    require_plausible,
+    require_variation,
+)
 from worldloom.models import JEPA, JEPAConfig, alone, build_jepa, lay_like, save_model, whole
 from worldloom.training.diagnostics import alarms, diagnose
 from worldloom.training.learner import Learner
@@ -203,6 +211,8 @@ class _Training:
         require_variation(self.cache, self.episodes, pixels="pixels" in sees, vector="vector" in sees)
         if "vector" in sees:
             require_plausible(self.cache, self.statistics)
+        if self.config.symmetry is not None:
+            self.config.symmetry.check(self.cache.spec)
 
     def run(self, resume: bool, stretch: Segment, progress: Progress) -> JEPA:
         config, fabric, last = self.config, self.fabric, stretch.end
@@ -380,8 +390,13 @@ class _Training:
                 self.sampler.expect(self.order.coming(turn, _AHEAD * self.config.batch))
             batch = self.order.draws(first, self.config.batch)
         size = self.config.batch // self.fabric.world_size
-        first = self.fabric.global_rank * size
-        return self.sampler.at(batch[first : first + size]).to(self.fabric.device)
+        part = slice(self.fabric.global_rank * size, (self.fabric.global_rank + 1) * size)
+        windows = self.sampler.at(batch[part])
+        if self.config.symmetry is not None:
+            positions = numpy_generator(self.config.seed, "positions", step).integers(POSITIONS, size=len(batch))
+            action_size = self.cache.spec.action.size
+            windows = self.config.symmetry.turn_windows(windows, positions[part], action_size=action_size)
+        return windows.to(self.fabric.device)
 
     def _validate(self, step: int) -> None:
         """Log the diagnostics on held-out episodes and, in the second half of training, their alarms."""

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from worldloom.core.config import Config
+from worldloom.data import SquareSymmetry
 from worldloom.models import TargetConfig
 from worldloom.models.losses import (
     Covariance,
@@ -47,6 +48,8 @@ class TrainingConfig(Config):
         pool_windows: for data larger than the cache: sample from a pool of about this many windows, instead of from all
             windows. The pool slides over the data; each window is used at most once per pass (see
             `worldloom.data.SlidingPool`).
+        symmetry: if set, each window is shown in a random one of the eight positions of a square picture, with the
+            actions that belong to it.
         schedule: "constant" keeps the learning rate for `constant_share` of the steps, then decreases it to 0 as a
             cosine; "one-cycle" increases it for a tenth of the steps, then decreases it.
         devices: the number of devices on all machines.
@@ -67,6 +70,7 @@ class TrainingConfig(Config):
     losses: dict[str, LossField] = Field(default_factory=default_losses)
     target: TargetConfig | None = None
     pool_windows: int | None = Field(default=None, ge=1)
+    symmetry: SquareSymmetry | None = None
 
     learning_rate: float = Field(default=2e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)

@@ -24,8 +24,8 @@ from worldloom.core.names import path_name
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.registry import nearest
 from worldloom.core.seams import Agent, WorldModel
-from worldloom.core.seeds import torch_generator
-from worldloom.data import EpisodeDataset, Frames, TurnedPixels, load_frames
+from worldloom.core.seeds import derive_seed, numpy_generator, torch_generator
+from worldloom.data import POSITIONS, EpisodeDataset, Frames, TurnedPixels, load_frames, require_square
 from worldloom.envs import declares_plant, register_envs
 from worldloom.evaluation import PROTOCOLS, Changes, Protocol, Results, gym_protocol
 from worldloom.evaluation import evaluate as evaluate_methods
@@ -102,12 +102,8 @@ def train(
                 f"probe {name!r} needs the label {label!r}, which the dataset does not have; "
                 f"{nearest(label, dataset.spec.labels)}"
             )
-        seen = dataset.spec.observation
-        if probe.symmetric and (seen.vector or seen.pixels is None or seen.pixels[0] != seen.pixels[1]):
-            raise ConfigError(
-                f"probe {name!r} is symmetric, which needs observations that are square pictures only; got pixels "
-                f"{seen.pixels} and a vector of {seen.vector} values. Leave out 'symmetric'"
-            )
+        if probe.symmetric:
+            require_square(dataset.spec, f"probe {name!r} is symmetric, which")
     fabric = make_fabric(recipe.training)
     ranks = Ranks(fabric, recipe.training.timeout_minutes)
     progress = progress if ranks.first else SILENT
@@ -185,8 +181,13 @@ def _refine(run: Run, cache: Frames, progress: Progress) -> None:
         return
     model, training = load_model(directory, run.device), run.recipe.training
     episodes, _ = cache.split(training.validation_share, training.seed)
+    views = [cache]
+    if training.symmetry is not None:
+        seeds = (derive_seed(training.seed, "refinement", copy) for copy in range(config.copies))
+        views += [training.symmetry.turned(cache, seed=seed) for seed in seeds]
     parts = [
-        encode_episodes(model, cache, episodes=episodes, offset=offset, progress=progress)
+        encode_episodes(model, view, episodes=episodes, offset=offset, progress=progress)
+        for view in views
         for offset in range(model.spec.block)
     ]
     refined = refine_predictor(model, parts, config, seed=training.seed, progress=progress)
@@ -267,7 +268,8 @@ def _fit_probe(
     views = [cache]
     if config.symmetric:
         assert cache.pixels is not None
-        views.append(replace(cache, pixels=TurnedPixels(cache.pixels, seed=seed)))
+        positions = numpy_generator(seed, "turned pixels").integers(1, POSITIONS, len(cache.pixels))
+        views.append(replace(cache, pixels=TurnedPixels(cache.pixels, positions)))
     latents, values, groups = [], [], []
     for view in views:
         seen = encode_episodes(model, view, episodes=chosen, progress=progress)

@@ -11,6 +11,7 @@ from worldloom.agents import (
     RandomMethod,
     ReactiveMethod,
 )
+from worldloom.data import SquareSymmetry
 from worldloom.guardrails import Box, KeepIn, RuleLayer
 from worldloom.heads import CoarseConfig, RefinementConfig
 from worldloom.models import JEPAConfig
@@ -94,12 +95,21 @@ def reacher() -> Recipe:
         name="reacher",
         description="Gymnasium's two-link arm in 64x64 RGB on MuJoCo, 150 thousand frames of a random walk of torques.",
         collection=CollectionConfig(env_id="worldloom/Reacher-v0", episodes=1000, steps=150, num_envs=50),
-        model=JEPAConfig(block=2, context=2),
+        model=JEPAConfig(encoder=Keypoints(), predictor=MLPPredictor(hidden=(512, 512)), block=2, context=2),
         training=TrainingConfig(
-            steps=6000, batch=160, horizon=2, losses=_slow_losses(), validate_every=2000, checkpoint_every=1000
+            steps=6000,
+            batch=160,
+            horizon=2,
+            losses=_slow_losses(),
+            # A mirrored arm turns the other way round.
+            symmetry=SquareSymmetry(spins=(0, 1)),
+            validate_every=2000,
+            checkpoint_every=1000,
         ),
+        refinement=RefinementConfig(horizon=8, copies=3, steps=3000),
         goal_inverse=_GOAL_INVERSE,
-        methods=_methods(horizon=8),
+        # A far pose needs a long plan, which may move one joint away from the goal first (docs/log.md).
+        methods=_methods(horizon=16, nearest=True),
         default_method="CEM, latent L2",
         protocol="reacher-25@1",
     )

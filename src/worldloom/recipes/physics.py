@@ -110,7 +110,7 @@ def reacher() -> Recipe:
         goal_inverse=_GOAL_INVERSE,
         # A far pose needs a long plan, which may move one joint away from the goal first (docs/log.md).
         methods=_methods(horizon=16, nearest=True),
-        default_method="CEM, latent L2",
+        default_method="CEM, learned distance",
         protocol="reacher-25@1",
     )
 

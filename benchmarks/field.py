@@ -2,10 +2,10 @@
 
     python benchmarks/field.py [--list] [--cells KEY=VALUE[,VALUE ...] ...] [--threads N]
 
-Each cell of the table is one file in benchmarks/results/field/, written when its episodes are finished. Finished cells
-are skipped, so the command can be interrupted and repeated at any time. `--list` only prints what is finished and what
-is missing. `--cells` selects cells by world, log, offset, rule, method or seed, such as
-`--cells world=pusht,reacher rule=strict`. Data and trained models lie in `--runs`; each world, log and seed is
+Each cell of the table is one file in benchmarks/results/field/, written when its episodes are finished; all rules judge
+the same episodes. Finished cells are skipped, so the command can be interrupted and repeated at any time. `--list` only
+prints what is finished and what is missing. `--cells` selects cells by world, log, offset, rule, method or seed, such
+as `--cells world=pusht,reacher rule=strict`. Data and trained models lie in `--runs`; each world, log and seed is
 collected and trained once. docs/field.md explains the table; `python benchmarks/render.py` writes it there.
 """
 
@@ -108,32 +108,42 @@ def chosen(cells: Iterable[Cell], filters: Sequence[str]) -> list[Cell]:
     return selected
 
 
-# Evaluates the methods of cells that differ only in their methods, on the same pairs.
-Measure = Callable[[list[Cell]], Results]
+# Evaluates cells that differ only in their methods and rules: the results under each rule.
+Measure = Callable[[list[Cell]], list[Results]]
 
 
 def measure_missing(cells: Iterable[Cell], folder: Path, measure: Measure) -> int:
-    """Measure the cells without a valid file, those with the same pairs together; return how many were measured.
+    """Measure the cells without a valid file, all rules and methods together; return how many were measured.
 
     Raises:
-        ConfigError: the results are not from the protocol of the cells.
+        ConfigError: the results are not from the protocols of the cells.
     """
-    missing = sorted((cell for cell in cells if cell.read(folder) is None), key=_training)
+    missing = sorted((cell for cell in cells if cell.read(folder) is None), key=_episodes)
     folder.mkdir(parents=True, exist_ok=True)
-    groups = itertools.groupby(missing, key=lambda cell: (_training(cell), cell.offset, cell.rule))
-    for _, group in groups:
+    for _, group in itertools.groupby(missing, key=_episodes):
         together = list(group)
-        results = measure(together)
-        expected = PROTOCOLS[together[0].protocol]
-        if results.protocol.fingerprint != expected.fingerprint:
-            raise ConfigError(
-                f"expected results under {expected.title} ({expected.fingerprint}); got {results.protocol.title} "
-                f"({results.protocol.fingerprint}). Make the recipe collect from the protocol's world"
-            )
-        row_of = {row["method"]: row for row in results.to_json()["rows"]}
+        every = measure(together)
+        row_of: dict[tuple[str, str], dict[str, Any]] = {}
+        for title, results in zip(_protocols(together), every, strict=True):
+            expected = PROTOCOLS[title]
+            if results.protocol.fingerprint != expected.fingerprint:
+                raise ConfigError(
+                    f"expected results under {expected.title} ({expected.fingerprint}); got {results.protocol.title} "
+                    f"({results.protocol.fingerprint}). Make the recipe collect from the protocol's world"
+                )
+            row_of |= {(title, row["method"]): row for row in results.to_json()["rows"]}
         for cell in together:
-            write_json(cell.path(folder), {"command": COMMAND, **asdict(cell), **_slim(row_of[cell.method])})
+            row = row_of[cell.protocol, cell.method]
+            write_json(cell.path(folder), {"command": COMMAND, **asdict(cell), **_slim(row)})
     return len(missing)
+
+
+def _episodes(cell: Cell) -> tuple[str, str, int, int]:
+    return (*_training(cell), cell.offset)
+
+
+def _protocols(cells: Iterable[Cell]) -> list[str]:
+    return list(dict.fromkeys(cell.protocol for cell in cells))
 
 
 def _training(cell: Cell) -> tuple[str, str, int]:
@@ -160,8 +170,8 @@ def field_recipe(world: str, log: str, seed: int) -> Recipe:
     return recipe.override([f"training.seed={seed}", f"collection.seed={seed}"])
 
 
-def train_and_evaluate(cells: list[Cell], runs: Path) -> Results:
-    """Collect, train and evaluate; finished stages are reused, and interrupted ones are resumed."""
+def train_and_evaluate(cells: list[Cell], runs: Path) -> list[Results]:
+    """Collect, train and evaluate under each rule; finished stages are reused, and interrupted ones are resumed."""
     from worldloom import workflow
     from worldloom.cli.console import progress
 
@@ -170,10 +180,10 @@ def train_and_evaluate(cells: list[Cell], runs: Path) -> Results:
     recipe = field_recipe(first.world, first.log, first.seed)
     workflow.collect(recipe, folder / "data", progress=progress())
     run = workflow.train(recipe, folder / "data", folder / "run", resume=True, progress=progress())
-    return workflow.evaluate(
+    return workflow.evaluate_together(
         run,
-        protocol=first.protocol,
-        methods=[cell.method for cell in cells],
+        _protocols(cells),
+        methods=list(dict.fromkeys(cell.method for cell in cells)),
         seed=EVALUATION_SEED + first.seed,
         progress=progress(),
     )

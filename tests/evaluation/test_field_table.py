@@ -28,22 +28,24 @@ def page(field: ModuleType) -> ModuleType:
     return importlib.import_module("field_page")
 
 
-def stub(cells: list[Any], pairs: str = "") -> Results:
-    """Results of 100 episodes for each cell, without any model."""
-    first = cells[0]
-    protocol = PROTOCOLS[first.protocol]
-    (split,) = protocol.splits
+def stub(cells: list[Any], pairs: str = "") -> list[Results]:
+    """Results of 100 episodes for each method of the cells and under each of their rules, without any model."""
+    seed = cells[0].seed
     rows = []
-    for cell in cells:
+    for method in dict.fromkeys(cell.method for cell in cells):
         episodes = [
-            EpisodeResult(index=i, seed=i, success=i < RATES[cell.method], steps=int(i >= 5), budget=50,
-                          task=f"{cell.seed} {i} {pairs}")
+            EpisodeResult(index=i, seed=i, success=i < RATES[method], steps=int(i >= 5), budget=50,
+                          task=f"{seed} {i} {pairs}")
             for i in range(100)
         ]  # fmt: skip
-        latency = Latency.of("act", [0.4], [100])
-        rows.append(Row(method=cell.method, split=split, episodes=tuple(episodes), latency=latency))
-    hardware = {"processor": "a processor", "threads": 2}
-    return Results(protocol=protocol, rows=tuple(rows), hardware=hardware, model="c0ffee", training_seed=first.seed)
+        rows.append(Row(method=method, split="", episodes=tuple(episodes), latency=Latency.of("act", [0.4], [100])))
+    every = []
+    for protocol in (PROTOCOLS[title] for title in dict.fromkeys(cell.protocol for cell in cells)):
+        (split,) = protocol.splits
+        mine = tuple(dataclasses.replace(row, split=split) for row in rows)
+        hardware = {"processor": "a processor", "threads": 2}
+        every.append(Results(protocol=protocol, rows=mine, hardware=hardware, model="c0ffee", training_seed=seed))
+    return every
 
 
 def test_measuring_stops_and_resumes_at_any_cell(field: ModuleType, tmp_path: Path) -> None:
@@ -51,16 +53,16 @@ def test_measuring_stops_and_resumes_at_any_cell(field: ModuleType, tmp_path: Pa
     assert len(cells) == 2 * 2 * 4 * 3
     calls: list[list[Any]] = []
 
-    def measure(together: list[Any]) -> Results:
-        if len(calls) == 5:
+    def measure(together: list[Any]) -> list[Results]:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(together)
         return stub(together)
 
     with pytest.raises(KeyboardInterrupt):
         field.measure_missing(cells, tmp_path, measure)
-    assert len(list(tmp_path.iterdir())) == 5 * 4  # the methods of a group share their pairs
-    assert f"all: 20 of {len(cells)} cells" in field.listing(cells, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2 * 2 * 4  # the rules and methods of a group share their episodes
+    assert f"all: 16 of {len(cells)} cells" in field.listing(cells, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     calls.clear()
     calls.append([])
@@ -71,7 +73,7 @@ def test_measuring_stops_and_resumes_at_any_cell(field: ModuleType, tmp_path: Pa
     assert field.measure_missing(one, tmp_path, measure) == 1
     assert calls[-1] == [lost]
     del calls[:]
-    assert field.measure_missing(cells, tmp_path, stub) == len(cells) - 20
+    assert field.measure_missing(cells, tmp_path, stub) == len(cells) - 16
     assert field.measure_missing(cells, tmp_path, measure) == 0
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert field.listing(cells, tmp_path).endswith(f"all: {len(cells)} of {len(cells)} cells")
@@ -89,9 +91,9 @@ def test_a_cell_of_an_older_protocol_counts_as_missing(field: ModuleType, tmp_pa
 def test_results_under_other_conventions_are_not_stored(field: ModuleType, tmp_path: Path) -> None:
     cells = field.chosen(field.all_cells(), ["world=reacher", "log=weak", "rule=moderate", "offset=25", "seed=0"])
 
-    def shorter(together: list[Any]) -> Results:
-        results = stub(together)
-        return dataclasses.replace(results, protocol=results.protocol.customise(budget=10))
+    def shorter(together: list[Any]) -> list[Results]:
+        (results,) = stub(together)
+        return [dataclasses.replace(results, protocol=results.protocol.customise(budget=10))]
 
     with pytest.raises(
         ConfigError, match=r"expected results under reacher-25-moderate@1 .* got reacher-25-moderate-cus"

@@ -31,7 +31,7 @@ from worldloom.evaluation.results import (
     pool,
     table_rows,
 )
-from worldloom.evaluation.runner import Witness, evaluate, explore
+from worldloom.evaluation.runner import Witness, evaluate, evaluate_together, explore
 from worldloom.evaluation.world import ActingRules, Worlds, naming, open_world
 
 __all__ = [
@@ -68,6 +68,7 @@ __all__ = [
     "default_protocol",
     "draw_tasks",
     "evaluate",
+    "evaluate_together",
     "explore",
     "field_title",
     "floor_of",

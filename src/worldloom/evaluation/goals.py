@@ -1,7 +1,7 @@
 """Starts and goals, sampled once and shared by all methods."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,6 +34,57 @@ class Tasks:
     before: tuple[np.ndarray, ...]  # (K, A) each: the actions from the reset to the start
     digests: tuple[str, ...]  # of each start and goal observation
     exact: bool = True  # whether a repeated start must have the same digest as before
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def identities(self) -> list[tuple[int, str, int]]:
+        """Return what identifies each task: its seed, its digest and its budget."""
+        return list(zip(self.seeds, self.digests, map(int, self.budgets), strict=True))
+
+    def rows(self, rows: Sequence[int]) -> "Tasks":
+        """Return the tasks of these rows."""
+
+        def some(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else values[list(rows)]
+
+        return Tasks(
+            seeds=tuple(self.seeds[row] for row in rows),
+            goal=Goal(observations=self.goal.observations[list(rows)]),
+            target=some(self.target),
+            start_distance=some(self.start_distance),
+            shortest_steps=some(self.shortest_steps),
+            wall_between=some(self.wall_between),
+            budgets=self.budgets[list(rows)],
+            before=tuple(self.before[row] for row in rows),
+            digests=tuple(self.digests[row] for row in rows),
+            exact=self.exact,
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Tasks"]) -> "Tasks":
+        """Return the tasks of several parts in one; an array is None if a part lacks it."""
+
+        def whole(arrays: list[np.ndarray | None]) -> np.ndarray | None:
+            present = [array for array in arrays if array is not None]
+            return np.concatenate(present) if len(present) == len(arrays) else None
+
+        return cls(
+            seeds=tuple(seed for part in parts for seed in part.seeds),
+            goal=Goal(observations=_joined([part.goal.observations for part in parts])),
+            target=whole([part.target for part in parts]),
+            start_distance=whole([part.start_distance for part in parts]),
+            shortest_steps=whole([part.shortest_steps for part in parts]),
+            wall_between=whole([part.wall_between for part in parts]),
+            budgets=np.concatenate([part.budgets for part in parts]),
+            before=tuple(actions for part in parts for actions in part.before),
+            digests=tuple(digest for part in parts for digest in part.digests),
+            exact=all(part.exact for part in parts),
+        )
+
+    def unjudged(self) -> "Tasks":
+        """Return the same tasks without what a protocol measures of them."""
+        return replace(self, target=None, start_distance=None)
 
     def unrepeated(self) -> "Tasks":
         """Return the same tasks, for a world that cannot repeat a start exactly."""
@@ -167,7 +218,7 @@ def _logged_tasks(
                 drawn.append(candidate)
             if len(drawn) == world.size:
                 break
-    goal = _stack([one.goal for one in drawn])
+    goal = _joined([one.goal[None] for one in drawn])
     distances = [one.distance for one in drawn if one.distance is not None]
     targets = [one.target for one in drawn if one.target is not None]
     assert protocol.budget is not None
@@ -278,12 +329,10 @@ def measured(protocol: Protocol, world: VectorWorld, frame: Frame) -> Float64[np
     return values
 
 
-def _stack(parts: list[Observations]) -> Observations:
+def _joined(parts: list[Observations]) -> Observations:
     pixels = [part.pixels for part in parts if part.pixels is not None]
     vectors = [part.vector for part in parts if part.vector is not None]
-    return Observations(
-        pixels=torch.stack(pixels) if pixels else None, vector=torch.stack(vectors) if vectors else None
-    )
+    return Observations(pixels=torch.cat(pixels) if pixels else None, vector=torch.cat(vectors) if vectors else None)
 
 
 def _digest(start: Observations, goal: Observations) -> str:

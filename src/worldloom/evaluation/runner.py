@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from worldloom.core.errors import ConfigError, DataError
@@ -68,47 +69,138 @@ def evaluate(
             differently for the same seed; the message contains the method, the split and the episode's seed.
         DataError: a method returns an action that is out of bounds or not finite.
     """
+    (results,) = evaluate_together(
+        [protocol],
+        methods,
+        batch=batch,
+        record=record,
+        model=model,
+        training_seed=training_seed,
+        provenance=provenance,
+        witness=witness,
+        rules=rules,
+        progress=progress,
+    )
+    return results
+
+
+def evaluate_together(
+    judging: Sequence[protocols.Protocol],
+    methods: Mapping[str, Callable[[], Agent]],
+    *,
+    batch: int = 50,
+    record: int = 4,
+    model: str = "",
+    training_seed: int | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    witness: Witness | None = None,
+    rules: ActingRules | None = None,
+    progress: Progress = SILENT,
+) -> list[Results]:
+    """Evaluate under several protocols at once; return the results of each, in their order.
+
+    The protocols may differ in what success is, and in which pairs of start and goal they skip. A pair that several
+    protocols draw is run only once, until all of them have judged the episode. See `evaluate` for all else.
+
+    Raises:
+        ConfigError: there is no protocol, two differ in something else, or see `evaluate`.
+        EnvironmentFailure, DataError: see `evaluate`.
+    """
     if not methods or batch < 1:
         raise ConfigError(
             f"expected at least one method and a batch of at least 1; got {len(methods)} methods and batch {batch}"
         )
+    _require_alike(judging)
+    protocol = judging[0]
     agents: dict[str, Agent] = {}
-    rows: list[Row] = []
-    recordings: list[Recording] = []
+    rows: list[list[Row]] = [[] for _ in judging]
+    recordings: list[list[Recording]] = [[] for _ in judging]
     with Worlds(protocol, batch, rules) as worlds:
         skipped = worlds.skipped(list(methods))
         for name, why in skipped.items():
             _log.warning("method %r is skipped: %s", name, why)
         methods = {name: factory for name, factory in methods.items() if name not in skipped}
         for split, conventions in protocol.splits.items():
-            chunks: list[Tasks] = []
-            place, left = 0, conventions.episodes
-            with progress.task(f"{split}: drawing goals", left, "episode") as task:
-                while left:
-                    size = min(worlds.batch, left)
-                    where = f"drawing goals of split {split!r}"
-                    tasks, place = draw_tasks(protocol, split, worlds.of(size), place, where, guard=worlds.guard)
-                    chunks.append(tasks if worlds.repeats else tasks.unrepeated())
-                    left -= size
-                    task.advance(size)
+            with progress.task(f"{split}: drawing goals", conventions.episodes * len(judging), "episode") as task:
+                drawn = [_draw_all(each, split, worlds, task) for each in judging]
+            shared = list(_batches(judging, drawn, worlds.batch))
             for name, factory in methods.items():
                 if name not in agents:
                     agents[name] = _agent_of(factory, name)
-                with progress.task(f"{split}: {name}", conventions.episodes, "episode") as task:
-                    run = _MethodRun(protocol, split, name, agents[name], record, task, witness)
-                    for tasks in chunks:
-                        run.episodes_of(tasks, worlds.of(len(tasks.seeds)))
-                rows.append(run.row())
-                recordings.extend(run.recordings)
-    return Results(
-        protocol=protocol,
-        rows=tuple(rows),
-        hardware=describe_hardware(),
-        model=model,
-        training_seed=training_seed,
-        provenance={**(provenance or {}), **({"skipped": skipped} if skipped else {})},
-        recordings=tuple(recordings),
-    )
+                with progress.task(f"{split}: {name}", sum(len(each.tasks) for each in shared), "episode") as task:
+                    run = _MethodRun(judging, split, name, agents[name], record, task, witness)
+                    for each in shared:
+                        run.episodes_of(each, worlds.of(len(each.tasks)))
+                for number, scores in enumerate(run.scores):
+                    rows[number].append(run.row(scores))
+                    recordings[number].extend(scores.recordings)
+    return [
+        Results(
+            protocol=each,
+            rows=tuple(rows[number]),
+            hardware=describe_hardware(),
+            model=model,
+            training_seed=training_seed,
+            provenance={**(provenance or {}), **({"skipped": skipped} if skipped else {})},
+            recordings=tuple(recordings[number]),
+        )
+        for number, each in enumerate(judging)
+    ]
+
+
+# What protocols that are evaluated together may differ in: what success is, and which pairs they draw or skip.
+_JUDGING = frozenset({"name", "version", "success", "min_distance", "count_solved", "crossing", "pairs_of"})
+
+
+def _require_alike(judging: Sequence[protocols.Protocol]) -> None:
+    if not judging:
+        raise ConfigError("expected at least one protocol; got none")
+    first, *others = (each.model_dump(exclude=set(_JUDGING)) for each in judging)
+    for protocol, values in zip(judging[1:], others, strict=True):
+        if differ := [name for name, value in values.items() if value != first[name]]:
+            raise ConfigError(
+                f"protocols that are evaluated together may differ only in their success rules and pairs; "
+                f"{protocol.title} and {judging[0].title} differ in {', '.join(differ)}. Evaluate them one by one"
+            )
+
+
+def _draw_all(protocol: protocols.Protocol, split: str, worlds: Worlds, task: ProgressTask) -> Tasks:
+    """Draw the starts and goals of a split."""
+    chunks: list[Tasks] = []
+    place, left = 0, protocol.splits[split].episodes
+    while left:
+        size = min(worlds.batch, left)
+        where = f"drawing goals of split {split!r}"
+        tasks, place = draw_tasks(protocol, split, worlds.of(size), place, where, guard=worlds.guard)
+        chunks.append(tasks if worlds.repeats else tasks.unrepeated())
+        left -= size
+        task.advance(size)
+    return Tasks.joined(chunks)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Batch:
+    """Different tasks to run at the same time. `places` has, for each protocol, their rows in `drawn`, or -1."""
+
+    tasks: Tasks
+    drawn: list[Tasks]
+    places: Int64[np.ndarray, "P R"]
+
+
+def _batches(judging: Sequence[protocols.Protocol], drawn: list[Tasks], size: int) -> Iterator[_Batch]:
+    """Unite the tasks of the protocols, and divide them into batches."""
+    number: dict[tuple[int, str, int], int] = {}
+    for tasks in drawn:
+        for key in tasks.identities():
+            number.setdefault(key, len(number))
+    places = np.full((len(judging), len(number)), -1)
+    for row, tasks in enumerate(drawn):
+        places[row, [number[key] for key in tasks.identities()]] = np.arange(len(tasks))
+    owner = (places >= 0).argmax(axis=0)  # the first protocol that drew the task
+    for first in range(0, len(number), size):
+        some = np.arange(first, min(first + size, len(number)))
+        parts = [drawn[owner[task]].rows([int(places[owner[task], task])]) for task in some]
+        yield _Batch(tasks=Tasks.joined(parts).unjudged(), drawn=drawn, places=places[:, some])
 
 
 def explore(
@@ -180,63 +272,64 @@ def _agent_of(factory: Callable[[], Agent], name: str) -> Agent:
 
 
 @dataclass
-class _MethodRun:
-    """One method on one split: collects episodes, times and recordings."""
+class _Scores:
+    """The episodes and recordings of one method on one split, as one protocol judges them."""
 
     protocol: protocols.Protocol
+    episodes: dict[int, EpisodeResult] = field(default_factory=dict)
+    recordings: list[Recording] = field(default_factory=list)
+
+
+@dataclass
+class _MethodRun:
+    """One method on one split: runs the episodes, which each protocol judges, and measures the times."""
+
+    judging: Sequence[protocols.Protocol]
     split: str
     method: str
     agent: Agent
     record: int
     task: ProgressTask
     witness: Witness | None = None
-    episodes: list[EpisodeResult] = field(default_factory=list)
-    recordings: list[Recording] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._clock = _Clock(self.agent)
+        self.scores = [_Scores(protocol) for protocol in self.judging]
 
-    def row(self) -> Row:
+    def row(self, scores: _Scores) -> Row:
         """Return the row of the episodes run so far."""
-        return Row(method=self.method, split=self.split, episodes=tuple(self.episodes), latency=self._clock.latency())
+        episodes = tuple(scores.episodes[index] for index in sorted(scores.episodes))
+        return Row(method=self.method, split=self.split, episodes=episodes, latency=self._clock.latency())
 
-    def episodes_of(self, tasks: Tasks, world: VectorWorld) -> None:
+    def episodes_of(self, batch: _Batch, world: VectorWorld) -> None:
         """Run one episode for each start and goal until all have ended."""
-        size, budgets, skip = world.size, tasks.budgets, self.protocol.frame_skip
+        protocol, tasks = self.judging[0], batch.tasks
+        size, budgets, skip = world.size, tasks.budgets, protocol.frame_skip
         where = f"method {self.method!r}, split {self.split!r}"
-        steps = self.protocol.splits[self.split].exploration
+        steps = protocol.splits[self.split].exploration
         if steps and self.agent.explores:
-            _explore(self.protocol, self.split, tasks, world, self.agent, steps, where)
-        frame = tasks.begin(self.protocol, self.split, world, where)
+            _explore(protocol, self.split, tasks, world, self.agent, steps, where)
+        frame = tasks.begin(protocol, self.split, world, where)
         self.agent.reset(tasks.goal)
         if self.witness is not None:
             self.witness.begin(self.agent, size)
         audience = _Audience(self.agent, frame.observations)
-        film = _Film(self.protocol, tasks, self.record)
+        judges = [
+            _Judge(each, drawn, places, self.record)
+            for each, drawn, places in zip(self.judging, batch.drawn, batch.places, strict=True)
+        ]
         actions = _middle(world.action, size)
         ended: dict[int, EpisodeResult] = {}
-        broken, satisfied = np.zeros(size, np.int64), np.zeros(size, np.int64)
         step = 0
         while True:
-            now, distance = _verdict(self.protocol, tasks, world, frame)
-            satisfied[frame.rows] = np.where(now, satisfied[frame.rows] + 1, 0)
-            reached = satisfied[frame.rows] >= self.protocol.success.hold
-            broken[frame.rows] += _broken(self.protocol, frame)
-            film.add(frame)
+            over = frame.over | (step >= budgets[frame.rows])
+            finished = np.all([judge.see(frame, world, step, over) for judge in judges], axis=0)
             if self.witness is not None:
                 self.witness.saw(frame, step)
-            finished = reached | frame.over | (step >= budgets[frame.rows])
-            for index in np.flatnonzero(finished):
-                row = int(frame.rows[index])
-                far = None if distance is None else float(distance[index])
-                place = len(self.episodes) + row
-                ended[row] = _episode(place, tasks, row, bool(reached[index]), step, far, int(broken[row]))
             if finished.any():
-                so_far = (*self.episodes, *ended.values())
-                figures = {"success": float(np.mean([episode.success for episode in so_far]))}
-                if self.protocol.limits:
-                    figures["violated"] = float(np.mean([episode.violated for episode in so_far]))
-                self.task.advance(int(finished.sum()), **figures)
+                for row in frame.rows[finished].tolist():
+                    ended[row] = next(judge.ended[row] for judge in judges if row in judge.ended)
+                self._report(judges[0], int(finished.sum()))
                 audience.concludes(frame[finished], ended)
                 frame = frame[~finished]
             if not len(frame.rows):
@@ -249,8 +342,19 @@ class _MethodRun:
                 actions[frame.rows] = self._shaped(chosen, world)[audience.places(frame)]
             frame = world.step(actions, frame.rows, limited=self.agent.limited)
             step += 1
-        self._keep(film, tasks, ended)
-        self.episodes.extend(ended[row] for row in range(size))
+        for judge, scores in zip(judges, self.scores, strict=True):
+            scores.episodes.update({episode.index: episode for episode in judge.ended.values()})
+            scores.recordings.extend(judge.recordings(self.method, self.split, scores.recordings))
+
+    def _report(self, judge: "_Judge", finished: int) -> None:
+        """Report progress, with the figures of the first protocol."""
+        so_far = (*self.scores[0].episodes.values(), *judge.ended.values())
+        figures = {}
+        if so_far:
+            figures["success"] = float(np.mean([episode.success for episode in so_far]))
+            if self.judging[0].limits:
+                figures["violated"] = float(np.mean([episode.violated for episode in so_far]))
+        self.task.advance(finished, **figures)
 
     def _shaped(self, chosen: Tensor, world: VectorWorld) -> np.ndarray:
         """Return an agent's actions as an array.
@@ -262,16 +366,48 @@ class _MethodRun:
         if actions.shape[1:] != (world.action.size,):
             raise DataError(
                 f"method {self.method!r} returned actions of {' x '.join(map(str, actions.shape[1:]))} values; "
-                f"{self.protocol.env_id} expects {world.action.size}. Choose a protocol of the world that the method "
+                f"{self.judging[0].env_id} expects {world.action.size}. Choose a protocol of the world that the method "
                 f"was made for"
             )
         return actions
 
-    def _keep(self, film: "_Film", tasks: Tasks, ended: Mapping[int, EpisodeResult]) -> None:
+
+class _Judge:
+    """Judges the episodes of a batch that one protocol has drawn; `ended` has their results by row of the batch."""
+
+    def __init__(self, protocol: protocols.Protocol, tasks: Tasks, places: Int64[np.ndarray, "R"], record: int) -> None:
+        self._protocol, self._tasks, self._places, self._record = protocol, tasks, places, record
+        self._film = _Film(protocol, tasks, places, record)
+        self._open = places >= 0
+        self._broken, self._satisfied = np.zeros((2, len(places)), np.int64)
+        self.ended: dict[int, EpisodeResult] = {}
+
+    def see(self, frame: Frame, world: VectorWorld, step: int, over: Bool[np.ndarray, "R"]) -> Bool[np.ndarray, "R"]:
+        """Judge a frame, and return which of its rows need no further judgement. Episodes end where `over` is set."""
+        judged = self._open[frame.rows]
+        if judged.any():
+            mine = frame if judged.all() else frame[judged]
+            self._film.add(mine)
+            targets = None if self._tasks.target is None else self._tasks.target[self._places[mine.rows]]
+            now, distance = _verdict(self._protocol, targets, world, mine)
+            self._satisfied[mine.rows] = np.where(now, self._satisfied[mine.rows] + 1, 0)
+            self._broken[mine.rows] += _broken(self._protocol, mine)
+            reached = self._satisfied[mine.rows] >= self._protocol.success.hold
+            for index in np.flatnonzero(reached | over[judged]):
+                row = int(mine.rows[index])
+                far = None if distance is None else float(distance[index])
+                place, broken = int(self._places[row]), int(self._broken[row])
+                self.ended[row] = _episode(self._tasks, place, bool(reached[index]), step, far, broken)
+                self._open[row] = False
+        decided: np.ndarray = ~self._open[frame.rows]
+        return decided
+
+    def recordings(self, method: str, split: str, before: Sequence[Recording]) -> Iterator[Recording]:
+        """Return the first successes and failures, unless enough are recorded already."""
         for outcome in (True, False):
-            missing = self.record - sum(recording.success is outcome for recording in self.recordings)
-            rows = [row for row in film.rows if ended[row].success is outcome][: max(missing, 0)]
-            self.recordings.extend(film.recording(row, self.method, self.split, ended[row]) for row in rows)
+            missing = self._record - sum(recording.success is outcome for recording in before)
+            rows = [row for row in self._film.rows if self.ended[row].success is outcome][: max(missing, 0)]
+            yield from [self._film.recording(row, method, split, self.ended[row]) for row in rows]
 
 
 class _Audience:
@@ -310,12 +446,12 @@ class _Audience:
 class _Film:
     """Stores the frames and paths of as many environments of a batch as memory allows."""
 
-    def __init__(self, protocol: protocols.Protocol, tasks: Tasks, record: int) -> None:
-        self._protocol, self._tasks = protocol, tasks
+    def __init__(self, protocol: protocols.Protocol, tasks: Tasks, places: Int64[np.ndarray, "R"], record: int) -> None:
+        self._protocol, self._tasks, self._places = protocol, tasks, places
         pixels = tasks.goal.observations.pixels
         each = 1 if pixels is None else pixels[0].numel() * (int(tasks.budgets.max()) + 1)
-        fits = min(len(tasks.seeds), max(record, _RECORDING_BYTES // each))
-        self.rows = range(fits if record else 0)
+        fits = max(record, _RECORDING_BYTES // each)
+        self.rows: list[int] = np.flatnonzero(places >= 0)[: fits if record else 0].tolist()
         self._frames: dict[int, list[np.ndarray]] = {row: [] for row in self.rows}
         self._path: dict[int, list[np.ndarray]] = {row: [] for row in self.rows}
 
@@ -332,7 +468,7 @@ class _Film:
                     self._path[row].append(np.array(points[index], np.float64).reshape(-1))
 
     def recording(self, row: int, method: str, split: str, episode: EpisodeResult) -> Recording:
-        goal, target = self._tasks.goal.observations.pixels, self._tasks.target
+        goal, target, place = self._tasks.goal.observations.pixels, self._tasks.target, int(self._places[row])
         return Recording(
             method=method,
             split=split,
@@ -340,9 +476,9 @@ class _Film:
             success=episode.success,
             steps=episode.steps,
             frames=np.stack(self._frames[row]) if self._frames[row] else None,
-            goal=None if goal is None else goal[row].numpy(),
+            goal=None if goal is None else goal[place].numpy(),
             path=np.stack(self._path[row]) if self._path[row] else None,
-            target=None if target is None else target[row],
+            target=None if target is None else target[place],
         )
 
 
@@ -375,17 +511,17 @@ class _Clock:
 
 
 def _verdict(
-    protocol: protocols.Protocol, tasks: Tasks, world: VectorWorld, frame: Frame
+    protocol: protocols.Protocol, targets: np.ndarray | None, world: VectorWorld, frame: Frame
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return which rows satisfy the success rule now, and each row's distance to the goal (None if not measured)."""
     values = measured(protocol, world, frame)
-    if values is None or tasks.target is None:
+    if values is None or targets is None:
         for name in ("success", "is_success"):
             word = frame.info(name)
             if word is not None:
                 return word.reshape(len(frame.rows)).astype(bool), None
         return frame.terminated, None
-    distance = protocol.success.distance(values, tasks.target[frame.rows])
+    distance = protocol.success.distance(values, targets)
     return distance <= protocol.success.radius, distance
 
 
@@ -402,22 +538,22 @@ def _broken(protocol: protocols.Protocol, frame: Frame) -> np.ndarray:
 
 
 def _episode(
-    index: int, tasks: Tasks, row: int, success: bool, steps: int, end_distance: float | None, violations: int
+    tasks: Tasks, index: int, success: bool, steps: int, end_distance: float | None, violations: int
 ) -> EpisodeResult:
     def at(values: np.ndarray | None) -> float | None:
-        return None if values is None else float(values[row])
+        return None if values is None else float(values[index])
 
     return EpisodeResult(
         index=index,
-        seed=tasks.seeds[row],
+        seed=tasks.seeds[index],
         success=success,
         steps=steps,
-        budget=int(tasks.budgets[row]),
+        budget=int(tasks.budgets[index]),
         shortest_steps=at(tasks.shortest_steps),
         start_distance=at(tasks.start_distance),
         end_distance=end_distance,
-        wall_between=None if tasks.wall_between is None else bool(tasks.wall_between[row]),
-        task=tasks.digests[row],
+        wall_between=None if tasks.wall_between is None else bool(tasks.wall_between[index]),
+        task=tasks.digests[index],
         violations=violations,
     )
 

@@ -2,7 +2,7 @@
 
 from worldloom.workflow.calibration import calibrate, uses_margins
 from worldloom.workflow.deployment import check_plant, read_goal, store_report
-from worldloom.workflow.jobs import collect, evaluate, explore, report_path, train
+from worldloom.workflow.jobs import collect, evaluate, evaluate_together, explore, report_path, train
 from worldloom.workflow.memories import encode_picture, remember
 from worldloom.workflow.network import (
     CoordinatorConfig,
@@ -34,6 +34,7 @@ __all__ = [
     "coordinate",
     "encode_picture",
     "evaluate",
+    "evaluate_together",
     "explore",
     "find_runs",
     "leave",

@@ -28,7 +28,7 @@ from worldloom.core.seeds import derive_seed, numpy_generator, torch_generator
 from worldloom.data import POSITIONS, EpisodeDataset, Frames, TurnedPixels, load_frames, require_square
 from worldloom.envs import declares_plant, register_envs
 from worldloom.evaluation import PROTOCOLS, Changes, Protocol, Results, gym_protocol
-from worldloom.evaluation import evaluate as evaluate_methods
+from worldloom.evaluation import evaluate_together as evaluate_methods
 from worldloom.evaluation import explore as explore_worlds
 from worldloom.heads import (
     CoarseModel,
@@ -326,10 +326,43 @@ def evaluate(
             `others` does not obey the session's rules and the world is a plant.
         EnvironmentFailure: see `worldloom.evaluation.runner`.
     """
+    whole = session_of(run)
+    judging = [_protocol(whole.run, protocol, success, goal_offset, **changes)]
+    (results,) = _evaluate(whole, judging, methods, others, progress)
+    return results
+
+
+def evaluate_together(
+    run: Run | Session,
+    protocols: Sequence[str],
+    *,
+    methods: Sequence[str] | None = None,
+    progress: Progress = SILENT,
+    **changes: Unpack[Changes],
+) -> list[Results]:
+    """Evaluate methods of a run under several protocols that differ only in their success rules and pairs.
+
+    A pair that several protocols draw is run only once. For each protocol, `results.json` and `report.html` are
+    written; see `evaluate`.
+
+    Raises:
+        ConfigError: see `worldloom.evaluation.evaluate_together`; or a protocol or a method does not exist.
+        EnvironmentFailure: see `worldloom.evaluation.runner`.
+    """
+    whole = session_of(run)
+    return _evaluate(whole, [PROTOCOLS[name].customise(**changes) for name in protocols], methods, None, progress)
+
+
+def _evaluate(
+    session: Session,
+    judging: Sequence[Protocol],
+    methods: Sequence[str] | None,
+    others: Mapping[str, Callable[[], Agent]] | None,
+    progress: Progress,
+) -> list[Results]:
     from worldloom.reports import write_report  # takes half a second to load
     from worldloom.workflow.report_data import report_data
 
-    session = session_of(run)
     run = session.run
     require_writable(run.path / "evaluation" / "report.html")
     chosen = list(run.recipe.methods) if methods is None else list(methods)
@@ -338,8 +371,8 @@ def evaluate(
     agents: dict[str, Callable[[], Agent]] = {name: partial(session.agent, name, compared=True) for name in chosen}
     agents |= others or {}
     with fast_planning(run):
-        results = evaluate_methods(
-            _protocol(run, protocol, success, goal_offset, **changes),
+        every = evaluate_methods(
+            judging,
             agents,
             model=run.model.spec.fingerprint,
             training_seed=run.recipe.training.seed,
@@ -347,9 +380,10 @@ def evaluate(
             rules=session.acting(chosen=methods or (), others=list(others or {})),
             progress=progress,
         )
-    results.write(report_path(run, results).with_name("results.json"))
-    write_report(report_path(run, results), results, report_data(run))
-    return results
+    for results in every:
+        results.write(report_path(run, results).with_name("results.json"))
+        write_report(report_path(run, results), results, report_data(run))
+    return every
 
 
 def explore(

@@ -91,7 +91,8 @@ def _pooled(cells: list[tuple[Cell, dict[str, Any]]]) -> SuccessRate | None:
 def _success(rate: SuccessRate, cells: list[tuple[Cell, dict[str, Any]]]) -> str:
     low, high = rate.interval
     single = [100 * value["successes"] / value["n"] for _, value in cells]
-    return f"{100 * rate.rate:.1f}% [{100 * low:.1f}, {100 * high:.1f}], models {min(single):.0f} to {max(single):.0f}"
+    models = f", models {min(single):.0f} to {max(single):.0f}" if len(single) > 1 else ""
+    return f"{100 * rate.rate:.1f}% [{100 * low:.1f}, {100 * high:.1f}]{models}"
 
 
 def _latencies(cells: list[tuple[Cell, dict[str, Any]]]) -> str:

@@ -149,6 +149,12 @@ def test_the_page_shows_pooled_rates_the_floor_and_what_was_not_run(
     assert "Milliseconds per decision and environment: search 4, without search 4" in section
     assert "### cube, expert logs" in text
     assert f"CEM with {field.SOLVER.samples} candidates" in text
+    # One model has no range.
+    for cell in cells:
+        if cell.seed:
+            cell.path(tmp_path).unlink()
+    assert "models" not in page.measured_tables(tmp_path)
+    field.measure_missing(cells, tmp_path, stub)
     # Cells on other pairs are not compared.
     (other,) = [cell for cell in cells if (cell.method, cell.seed) == ("random", 1)]
     other.path(tmp_path).unlink()

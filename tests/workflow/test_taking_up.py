@@ -29,7 +29,7 @@ from worldloom.core.types import Goal, Observations
 from worldloom.data import EpisodeDataset
 from worldloom.evaluation import default_protocol
 from worldloom.recipes import Recipe, load_recipe
-from worldloom.workflow import Run, collect, evaluate, find_runs, report_path
+from worldloom.workflow import Run, collect, evaluate, evaluate_together, find_runs, report_path
 from worldloom.workflow import jobs as workflow
 from worldloom.workflow.run import differences
 
@@ -386,6 +386,26 @@ def test_without_a_protocol_of_its_own_the_worlds_is_taken_or_logged_goals(run, 
     assert logged.protocol.name == "logged-goals/worldloom/TwoRoom-v0"
     assert set(logged.protocol.splits) == {"6 steps away"}
     assert report_path(nameless, logged).is_file()
+
+
+def test_a_protocol_of_another_world_is_warned_of(run, caplog) -> None:
+    quick = {"episodes": 1, "budget": 2, "methods": ["random"]}
+    evaluate(run, protocol="two-room@1", **quick)
+    assert "was trained on data from" not in caplog.text
+    evaluate(run, protocol="four-rooms@1", **quick)
+    assert "data from worldloom/TwoRoom-v0, but protocol four-rooms" in caplog.text
+    assert "evaluates it in worldloom/FourRooms-v0" in caplog.text
+
+
+def test_protocols_are_evaluated_together_and_reported_one_by_one(run) -> None:
+    titles = [f"two-room-25{rule}@1" for rule in ("", "-strict")]
+    first, second = evaluate_together(run, titles, methods=["random"], episodes=2, budget=2)
+    assert [results.protocol.name for results in (first, second)] == ["two-room-25-custom", "two-room-25-strict-custom"]
+    for results in (first, second):
+        assert report_path(run, results).is_file()
+        assert results.rows[0].overall.n == 2
+    with pytest.raises(ConfigError, match="differ in"):
+        evaluate_together(run, [titles[0], "two-room-50@1"], methods=["random"])
 
 
 @pytest.mark.parametrize("part", HEADS)

@@ -368,6 +368,15 @@ def _evaluate(
     chosen = list(run.recipe.methods) if methods is None else list(methods)
     for name in chosen:
         run.recipe.method(name)  # fail on an unknown method before any episode
+    known = run.environment.get("id")
+    for protocol in judging:
+        if known is not None and protocol.env_id != known:
+            _log.warning(
+                "the world model was trained on data from %s, but protocol %s evaluates it in %s",
+                known,
+                protocol.title,
+                protocol.env_id,
+            )
     agents: dict[str, Callable[[], Agent]] = {name: partial(session.agent, name, compared=True) for name in chosen}
     agents |= others or {}
     with fast_planning(run):

@@ -112,7 +112,8 @@ def side_by_side() -> str:
                 ),
                 f"{pooled[planner]['n']}, {counted(len(values['training_minutes']), 'seed')}",
                 f"{values['frames'][0]:,}",
-                ", ".join(map(str, values["training_minutes"])),
+                # A run that was trained before has no time of its own.
+                ", ".join("-" if minutes < 0.1 else str(minutes) for minutes in values["training_minutes"]),
                 "-" if published is None else " / ".join(map(str, published)),
             ]
         )

@@ -99,7 +99,8 @@ def _latencies(cells: list[tuple[Cell, dict[str, Any]]]) -> str:
     parts = []
     for method in METHODS:
         times = [value["latency"]["mean_ms"] for cell, value in cells if cell.method == method and value["latency"]]
-        parts += [f"{method} {sum(times) / len(times):.2g}"] if times else []
+        mean = sum(times) / len(times) if times else 0.0
+        parts += [f"{method} {mean:.0f}" if mean >= 10 else f"{method} {mean:.2g}"] if times else []
     return f"Milliseconds per decision and environment: {', '.join(parts)}."
 
 

@@ -272,7 +272,7 @@ def _agent_of(factory: Callable[[], Agent], name: str) -> Agent:
 
 
 @dataclass
-class _Scores:
+class _Judged:
     """The episodes and recordings of one method on one split, as one protocol judges them."""
 
     protocol: protocols.Protocol
@@ -294,9 +294,9 @@ class _MethodRun:
 
     def __post_init__(self) -> None:
         self._clock = _Clock(self.agent)
-        self.scores = [_Scores(protocol) for protocol in self.judging]
+        self.scores = [_Judged(protocol) for protocol in self.judging]
 
-    def row(self, scores: _Scores) -> Row:
+    def row(self, scores: _Judged) -> Row:
         """Return the row of the episodes run so far."""
         episodes = tuple(scores.episodes[index] for index in sorted(scores.episodes))
         return Row(method=self.method, split=self.split, episodes=episodes, latency=self._clock.latency())

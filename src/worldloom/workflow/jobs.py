@@ -327,6 +327,7 @@ def evaluate(
         EnvironmentFailure: see `worldloom.evaluation.runner`.
     """
     whole = session_of(run)
+    require_writable(whole.run.path / "evaluation" / "report.html")
     judging = [_protocol(whole.run, protocol, success, goal_offset, **changes)]
     (results,) = _evaluate(whole, judging, methods, others, progress)
     return results
@@ -350,6 +351,7 @@ def evaluate_together(
         EnvironmentFailure: see `worldloom.evaluation.runner`.
     """
     whole = session_of(run)
+    require_writable(whole.run.path / "evaluation" / "report.html")
     return _evaluate(whole, [PROTOCOLS[name].customise(**changes) for name in protocols], methods, None, progress)
 
 
@@ -364,7 +366,6 @@ def _evaluate(
     from worldloom.workflow.report_data import report_data
 
     run = session.run
-    require_writable(run.path / "evaluation" / "report.html")
     chosen = list(run.recipe.methods) if methods is None else list(methods)
     for name in chosen:
         run.recipe.method(name)  # fail on an unknown method before any episode

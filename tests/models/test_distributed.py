@@ -46,6 +46,7 @@ def compute(windows: Windows) -> dict[str, Tensor]:
     results: dict[str, Tensor] = {}
     for name, loss_config in {**CONFIGS, "ema-target": LOSSES["prediction"]()}.items():
         model = build_jepa(config, **spec, statistics=statistics, seed=0).train()
+        model.encoder.double()  # its gradients are sums of many terms that cancel
         torch.manual_seed(0)
         loss_module = loss_config.build(latent_dim=6, block_size=4)
         outputs = model(windows)
@@ -100,13 +101,12 @@ def whole() -> dict[str, Tensor]:
 def test_two_ranks_give_the_loss_and_gradient_of_the_whole_batch(ranks, whole, name) -> None:
     keys = [key for key in whole if key.startswith(f"{name}/")]
     assert sum("/gradient/model" in key or "/gradient/0." in key for key in keys) >= 5
-    # Batch norm makes some gradients zero but for rounding: rounding is judged by the largest gradient. Thousands of
-    # terms cancel, in an order that depends on the processor; 1.2e-5 was seen.
+    # Batch norm makes some gradients zero but for rounding: rounding is judged by the largest gradient.
     largest = max(whole[key].abs().max().item() for key in keys if "/gradient/" in key)
     for rank in ranks:
         assert {key for key in rank if key.startswith(f"{name}/")} == set(keys)
         for key in keys:
-            torch.testing.assert_close(rank[key], whole[key], rtol=1e-4, atol=5e-5 * largest)
+            torch.testing.assert_close(rank[key], whole[key], rtol=1e-4, atol=1e-5 * largest)
 
 
 def test_the_halves_alone_would_be_wrong(whole) -> None:

@@ -12,7 +12,8 @@ from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import Limit, Protocol, Split, evaluate, evaluate_together
 
 LOOSE = {"source": "info", "name": "position", "radius": 1.0}
-NARROW = {"source": "info", "name": "position", "radius": 0.4, "hold": 3}
+# A rule may measure other quantities, of another size.
+NARROW = {"source": "info", "name": "pose", "radius": 0.4, "hold": 3}
 
 
 def rules(**changes: Any) -> list[Protocol]:

@@ -30,7 +30,7 @@ class Track(gymnasium.Env):
         return np.array([self.position], np.float32)
 
     def _tell(self) -> dict[str, Any]:
-        return {"position": self._see(), "pair": np.zeros(2, np.float32)}
+        return {"position": self._see(), "pose": np.append(self._see(), 0), "pair": np.zeros(2, np.float32)}
 
 
 gymnasium.register("tests/Track-v0", entry_point=Track)

@@ -199,8 +199,8 @@ def _batches(judging: Sequence[protocols.Protocol], drawn: list[Tasks], size: in
     owner = (places >= 0).argmax(axis=0)  # the first protocol that drew the task
     for first in range(0, len(number), size):
         some = np.arange(first, min(first + size, len(number)))
-        parts = [drawn[owner[task]].rows([int(places[owner[task], task])]) for task in some]
-        yield _Batch(tasks=Tasks.joined(parts).unjudged(), drawn=drawn, places=places[:, some])
+        parts = [drawn[owner[task]].rows([int(places[owner[task], task])]).unjudged() for task in some]
+        yield _Batch(tasks=Tasks.joined(parts), drawn=drawn, places=places[:, some])
 
 
 def explore(

@@ -10,61 +10,42 @@ from torch import Tensor
 
 from worldloom.agents.environment_batch import EnvironmentBatch
 from worldloom.agents.history import History
-from worldloom.core.actions import project
-from worldloom.core.config import Sizes
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import Agent, WorldModel
 from worldloom.core.seeds import seeded_weights, torch_generator
-from worldloom.core.types import ActionBounds, Context, Goal, ModelSpec, Observations
-from worldloom.heads import FitConfig, Head, LatentEpisodes
-from worldloom.models import MLP
-
-_SPREADS = (-3.5, 1.0)  # bounds of the logarithm of a component's standard deviation
+from worldloom.core.types import Context, Goal, ModelSpec, Observations
+from worldloom.heads import BlockDensity, BlockDensityConfig, LatentEpisodes, Mixture
 
 
-class GoalInverseConfig(FitConfig):
+class GoalInverseConfig(BlockDensityConfig):
     """The network of goal-conditioned inverse dynamics, and the pairs of states that it learns from.
 
     A pair is a frame of the logs and a goal: a later frame of the same episode, at most `reach` blocks ahead
-    (hindsight relabelling). The network predicts the next `chunk` recorded blocks as a mixture of `modes` Gaussians,
-    because logs without a goal contain several ways to the same state, and their mean may be none of them.
+    (hindsight relabelling). The network predicts the next `chunk` recorded blocks.
     """
 
-    hidden: Sizes = Field(default=(256, 256), min_length=1)
     reach: int = Field(default=12, ge=1)
     chunk: int = Field(default=4, ge=1)
-    modes: int = Field(default=4, ge=1)
-    steps: int = Field(default=2000, ge=1)
-    batch: int = Field(default=256, ge=1)
 
 
-class GoalInverse(Head[GoalInverseConfig]):
+class GoalInverse(BlockDensity[GoalInverseConfig]):
     """Maps a context and a goal latent to a distribution of the next `chunk` blocks.
 
     Goal-conditioned inverse dynamics is goal-conditioned supervised learning (Ghosh et al., arXiv 1912.06088) on the
-    latents of a frozen encoder. The distribution is a mixture density network (Bishop, 1994).
+    latents of a frozen encoder.
     """
 
     kind = "goal-inverse"
     config_type = GoalInverseConfig
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, spec: ModelSpec, config: GoalInverseConfig) -> None:
-        super().__init__()
-        self.spec, self.config = spec, config
-        inputs = (spec.context + 1) * spec.latent_dim + (spec.context - 1) * spec.block_size
-        self.outputs = config.chunk * spec.block_size
-        self.network = MLP((inputs, *config.hidden, config.modes * (1 + 2 * self.outputs)))
-        bounds = ActionBounds.of(spec)
-        self.register_buffer("mean", (bounds.low + bounds.high) / 2)
-        self.register_buffer("std", (bounds.high - bounds.low) / 2)
+        super().__init__(spec, config, chunk=config.chunk, given=spec.latent_dim)
 
     def forward(self, context: Context, goal: Float[Tensor, "B D"]) -> Float[Tensor, "B T A"]:
         """Return the blocks of the most probable component's mean, in environment units and within bounds."""
         weights, means, _ = self.mixture(context, goal)
         rows = torch.arange(len(means), device=means.device)
-        return self._blocks(means[rows, weights.argmax(1)])
+        return self.in_bounds(means[rows, weights.argmax(1)])
 
     def sample(
         self, context: Context, goal: Float[Tensor, "B D"], count: int, generator: torch.Generator
@@ -74,23 +55,11 @@ class GoalInverse(Head[GoalInverseConfig]):
         chosen = torch.multinomial(weights.exp(), count, replacement=True, generator=generator)
         rows = torch.arange(len(means), device=means.device)[:, None]
         noise = torch.randn(*chosen.shape, self.outputs, generator=generator, device=means.device)
-        return self._blocks(means[rows, chosen] + spreads[rows, chosen].exp() * noise)
+        return self.in_bounds(means[rows, chosen] + spreads[rows, chosen].exp() * noise)
 
-    def mixture(
-        self, context: Context, goal: Float[Tensor, "B D"]
-    ) -> tuple[Float[Tensor, "B M"], Float[Tensor, "B M _"], Float[Tensor, "B M _"]]:
-        """Return the components' log weights, means and log standard deviations, in the network's units of actions."""
-        now = context.latents[:, -1]
-        before = (context.latents[:, :-1] - now[:, None]).flatten(1)
-        taken = ((context.actions - self.mean) / self.std).flatten(1)
-        out: Tensor = self.network(torch.cat([now, goal - now, before, taken], dim=-1))
-        modes = self.config.modes
-        weights, parts = out[:, :modes], out[:, modes:].view(len(out), modes, 2, self.outputs)
-        return weights.log_softmax(1), parts[:, :, 0], parts[:, :, 1].clamp(*_SPREADS)
-
-    def _blocks(self, values: Float[Tensor, "*axes _"]) -> Float[Tensor, "*axes T A"]:
-        blocks = self.mean + self.std * values.unflatten(-1, (self.config.chunk, self.spec.block_size))
-        return project(blocks, self.spec, ActionBounds.of(self.spec, blocks.device))
+    def mixture(self, context: Context, goal: Float[Tensor, "B D"]) -> Mixture:
+        """Return the components of the distribution, in normalised actions."""
+        return self.mixture_of(context, goal - context.latents[:, -1])
 
 
 def fit_goal_inverse(
@@ -109,22 +78,17 @@ def fit_goal_inverse(
     generator = torch_generator(seed, "goal-inverse", device=device)
     with seeded_weights(seed, "goal-inverse", "weights"):
         policy = GoalInverse(model.spec, config).to(device)
-    _, blocks, _ = episodes.transitions()
-    policy.mean.copy_(blocks.mean(0))
-    policy.std.copy_(torch.maximum(blocks.std(0), 0.02 * policy.std))
+    policy.scale(episodes)
     steps = torch.arange(config.chunk, device=device)
 
     def loss(step: int) -> Tensor:
         episode, frame, goal = _hindsight(episodes, config, generator)
         ahead = frame[:, None] + steps
         following = episodes.blocks[episode[:, None], ahead.clamp_max(episodes.blocks.shape[1] - 1)]
-        target = ((following - policy.mean) / policy.std).flatten(1)
-        counted = (ahead < goal[:, None]).repeat_interleave(model.spec.block_size, dim=1)
         context = episodes.context(episode, frame, model.spec.context)
-        weights, means, spreads = policy.mixture(context, episodes.latents[episode, goal])
-        error = ((target[:, None] - means) / spreads.exp()).square() / 2 + spreads
-        fits = weights - (error * counted[:, None]).sum(-1)
-        return -fits.logsumexp(1).mean() / config.chunk
+        mixture = policy.mixture(context, episodes.latents[episode, goal])
+        fits = policy.log_density(mixture, following, (ahead < goal[:, None]).float())
+        return -fits.mean() / config.chunk
 
     policy.fit(loss, progress)
     return policy

@@ -31,7 +31,7 @@ from worldloom.core.types import ModelSpec
 from worldloom.guardrails import BoundRail, BoundRules, Margins, Recalibration
 from worldloom.heads import Heads, predict_arrival
 from worldloom.memory import EpisodicMemory, LandmarkConfig, LandmarkGraph
-from worldloom.planning import Avoid, GoalObjective, LatentL2, Planner, WeightedSum
+from worldloom.planning import Avoid, GoalObjective, LatentL2, Planner, Unusual, WeightedSum
 from worldloom.planning.solvers import CEM, Solver, SolverField, TreeSearch
 
 
@@ -124,7 +124,7 @@ class GoalInverseMethod(MethodConfig):
         return GoalInverseAgent(parts.heads.model, _goal_inverse(parts.heads), blocks=self.blocks)
 
 
-_NEWER = frozenset({"nearest", "certified"})  # settings that the first margins did not contain
+_NEWER = frozenset({"nearest", "certified", "prior"})  # settings that the first margins did not contain
 
 
 class PlannedMethod(MethodConfig):
@@ -274,10 +274,12 @@ class PlanMethod(PlannedMethod):
     `metric` is latent L2 or the learned temporal distance. The cost is the mean distance along the plan plus
     `last_weight` times the final distance or, with `nearest`, the smallest distance along the plan. `replan` is in
     environment steps; 0 means one block. With `propose`, the search also starts from the reactive policy's plan (mode
-    2), or with "goal-inverse" from plans of goal-conditioned inverse dynamics. `guard` selects how the guardrails of a
-    rule set are applied: "calibrated" as limits, with margins calibrated for the chosen plans. The other values are
-    baselines: "per candidate" margins, "uncalibrated" (no margins), "penalty" (a cost of `penalty` times the violation)
-    or "none".
+    2), or with "goal-inverse" from plans of goal-conditioned inverse dynamics. `prior` is the weight of a cost for
+    blocks that are unusual in the logs (see `Unusual`).
+
+    `guard` selects how the guardrails of a rule set are applied: "calibrated" as limits, with margins calibrated for
+    the chosen plans. The other values are baselines: "per candidate" margins, "uncalibrated" (no margins), "penalty" (a
+    cost of `penalty` times the violation) or "none".
     """
 
     name: Literal["plan"] = "plan"
@@ -286,6 +288,7 @@ class PlanMethod(PlannedMethod):
     nearest: bool = False
     replan: int = Field(default=0, ge=0)
     propose: bool | Literal["goal-inverse"] = False
+    prior: float = Field(default=0.0, ge=0)
     guard: Guard = "calibrated"
     penalty: float = Field(default=10.0, gt=0)
 
@@ -302,7 +305,9 @@ class PlanMethod(PlannedMethod):
         """Build the agent."""
         heads = parts.heads
         metric: Metric = LatentL2(heads.geometry.step_length) if self.metric == "latent" else heads.distance
-        costs = [(self.penalty, Avoid(rail=rail)) for rail in self.rails(parts)] if self.guard == "penalty" else []
+        penalised = self.rails(parts) if self.guard == "penalty" else ()
+        costs: list[tuple[float, Objective]] = [(self.penalty, Avoid(rail=rail)) for rail in penalised]
+        costs += [(self.prior, Unusual(prior=heads.behaviour_prior))] if self.prior else []
         return self.planning_agent(
             parts,
             partial(GoalObjective, metric, last_weight=self.last_weight, nearest=self.nearest),

@@ -1,5 +1,13 @@
 """Heads: small networks and statistics fitted on the latents of a frozen world model."""
 
+from worldloom.heads.behaviour import (
+    BehaviourPrior,
+    BehaviourPriorConfig,
+    BlockDensity,
+    BlockDensityConfig,
+    Mixture,
+    fit_behaviour_prior,
+)
 from worldloom.heads.coarse import CoarseConfig, CoarseModel, fit_coarse
 from worldloom.heads.distance import DistanceConfig, TemporalDistance, fit_distance, rank_correlation
 from worldloom.heads.geometry import (
@@ -18,6 +26,10 @@ from worldloom.heads.refinement import RefinementConfig, refine_predictor
 from worldloom.heads.support import Support, measure_support, nearest_gap
 
 __all__ = [
+    "BehaviourPrior",
+    "BehaviourPriorConfig",
+    "BlockDensity",
+    "BlockDensityConfig",
     "CoarseConfig",
     "CoarseModel",
     "DistanceConfig",
@@ -28,6 +40,7 @@ __all__ = [
     "InverseModelConfig",
     "LatentEpisodes",
     "LatentGeometry",
+    "Mixture",
     "Probe",
     "ProbeConfig",
     "RefinementConfig",
@@ -36,6 +49,7 @@ __all__ = [
     "TemporalDistance",
     "dream",
     "encode_episodes",
+    "fit_behaviour_prior",
     "fit_coarse",
     "fit_distance",
     "fit_probe",

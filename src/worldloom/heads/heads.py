@@ -11,6 +11,7 @@ from torch import Tensor
 
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.data import read_picture
+from worldloom.heads.behaviour import BehaviourPrior
 from worldloom.heads.coarse import CoarseModel
 from worldloom.heads.distance import TemporalDistance
 from worldloom.heads.geometry import LatentGeometry
@@ -63,6 +64,11 @@ class Heads:
         return Support.load(self.stem("support"), self.model)
 
     @cached_property
+    def behaviour_prior(self) -> BehaviourPrior:
+        """The density of blocks in the logs."""
+        return BehaviourPrior.load(self.stem("behaviour-prior"), self.model)
+
+    @cached_property
     def probes(self) -> dict[str, Probe]:
         """The probes, by the names of their quantities."""
         return {name: Probe.load(self.stem(f"probe-{name}"), self.model) for name in self._probe_names}
@@ -84,7 +90,7 @@ class Heads:
         Raises:
             CheckpointError: the file of a head is damaged.
         """
-        names = ["geometry", "distance", "support", "reactive", "goal-inverse"]
+        names = ["geometry", "distance", "support", "reactive", "goal-inverse", "behaviour-prior"]
         names += [f"probe-{name}" for name in self._probe_names]
         for level in range(1, self._levels + 1):
             names += [f"coarse-{level}", f"coarse-{level}-geometry"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from worldloom.core.errors import PlanningError
 from worldloom.core.seams import Area, Guardrail, Metric, Objective, Quantity, Stage, WorldModel
 from worldloom.core.types import Context, Rollouts
+from worldloom.heads import BehaviourPrior
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,36 @@ class Smoothness(Objective):
             return torch.zeros_like(line[:, :, 0, 0])
         cost: Tensor = line.diff(dim=2).square().mean(dim=(2, 3))
         return cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unusual(Objective):
+    """How unusual a plan's blocks are in the logs: by how much the log density of each falls below the typical one.
+
+    The cost is the mean over the blocks, in nats for each value of a block. A block that is as probable as the median
+    block of the logs costs nothing. A search exploits errors of the model, which are largest where the logs never act:
+    from experts that never touch a wall, a model does not learn that walls stop an agent.
+    """
+
+    prior: BehaviourPrior
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
+        """Return the cost of each candidate."""
+        context, actions = rollouts.context, rollouts.actions
+        batch, candidates, horizon, size = actions.shape
+        seen = torch.cat([_each(context.latents, candidates), rollouts.latents[:, :, :-1]], dim=2)
+        done = torch.cat([_each(context.actions, candidates), actions[:, :, :-1]], dim=2)
+        length = context.latents.shape[1]
+        before = Context(
+            latents=seen.unfold(2, length, 1).movedim(-1, 3).flatten(0, 2),
+            actions=torch.stack([done[:, :, at : at + length - 1] for at in range(horizon)], dim=2).flatten(0, 2),
+        )
+        surplus: Tensor = self.prior(before, actions.flatten(0, 2)).view(batch, candidates, horizon)
+        return (-surplus).clamp_min(0).mean(dim=-1) / size
+
+
+def _each(values: Float[Tensor, "B K D"], candidates: int) -> Float[Tensor, "B S K D"]:
+    return values[:, None].expand(-1, candidates, -1, -1)
 
 
 @dataclass(frozen=True, kw_only=True)

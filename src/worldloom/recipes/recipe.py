@@ -11,7 +11,14 @@ from worldloom.core.names import PathName
 from worldloom.core.registry import nearest
 from worldloom.data import DataConfig
 from worldloom.guardrails import RuleLayer
-from worldloom.heads import CoarseConfig, DistanceConfig, InverseModelConfig, ProbeConfig, RefinementConfig
+from worldloom.heads import (
+    BehaviourPriorConfig,
+    CoarseConfig,
+    DistanceConfig,
+    InverseModelConfig,
+    ProbeConfig,
+    RefinementConfig,
+)
 from worldloom.models import JEPAConfig
 from worldloom.training import TrainingConfig
 
@@ -50,7 +57,8 @@ class Recipe(Config):
 
     `hierarchy` contains coarser models. One step of a coarser model spans several steps of the model before it; the
     first one spans steps of the world model. `probes` decode named quantities from latents; planners use them only
-    through guardrails and objectives. `goal_inverse` adds goal-conditioned inverse dynamics, which some methods need.
+    through guardrails and objectives. `goal_inverse` adds goal-conditioned inverse dynamics, and `behaviour_prior` the
+    density of blocks in the logs; some methods need them.
     `rules` is the uppermost layer of the agents' rule set; lower layers may only tighten it. `methods` are the rows of
     the results table, in order; `default_method` acts unless another is chosen.
     """
@@ -69,6 +77,7 @@ class Recipe(Config):
     rules: RuleLayer | None = None
     reactive: ReactiveConfig = ReactiveConfig()
     goal_inverse: GoalInverseConfig | None = None
+    behaviour_prior: BehaviourPriorConfig | None = None
     cloning: CloningConfig = CloningConfig()
     methods: dict[str, MethodField] = Field(default_factory=default_methods, min_length=1)
     default_method: str = "tree search"

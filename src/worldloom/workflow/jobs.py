@@ -36,6 +36,7 @@ from worldloom.heads import (
     Probe,
     ProbeConfig,
     encode_episodes,
+    fit_behaviour_prior,
     fit_coarse,
     fit_distance,
     fit_probe,
@@ -156,7 +157,7 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
     free += [f"training.{key}" for key in FREE]
     # Additional coarser models, probes and policies are fitted later.
     free += ["hierarchy"] if recipe.hierarchy[: len(recorded.hierarchy)] == recorded.hierarchy else []
-    free += ["goal_inverse"] if recorded.goal_inverse is None else []
+    free += [name for name in ("goal_inverse", "behaviour_prior") if getattr(recorded, name) is None]
     free += ["probes"] if recorded.probes.items() <= recipe.probes.items() else []
     if wrong := [key for key in differ if not key.startswith(tuple(free))]:
         raise ConfigError(
@@ -226,6 +227,8 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
     learn("reactive", fit_reactive, model, latents, run.heads.geometry, recipe.reactive)
     if recipe.goal_inverse is not None:
         learn("goal-inverse", fit_goal_inverse, model, latents, recipe.goal_inverse)
+    if recipe.behaviour_prior is not None:
+        learn("behaviour-prior", fit_behaviour_prior, model, latents, recipe.behaviour_prior)
     cloning = partial(fit_behaviour_cloning, episodes=training, device=model.device)
     learn("cloning", cloning, cache, recipe.cloning)
     reversibility = run.heads.geometry.reversibility
@@ -248,7 +251,7 @@ def _added(recipe: Recipe) -> list[str]:
     """Return the heads that a recipe may add to a complete run."""
     levels = [f"coarse-{level}" for level in range(1, len(recipe.hierarchy) + 1)]
     probes = [f"probe-{name}" for name in recipe.probes]
-    policies = [] if recipe.goal_inverse is None else ["goal-inverse"]
+    policies = [name for name in ("goal-inverse", "behaviour-prior") if getattr(recipe, name.replace("-", "_"))]
     return ["support", *levels, *(f"{level}-geometry" for level in levels), *probes, *policies]
 
 

@@ -81,10 +81,16 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "-expert" in name])
-def test_an_experts_recipe_differs_from_the_weak_one_in_logs_and_goals_alone(name) -> None:
+def test_an_experts_recipe_differs_from_the_weak_one_in_logs_goals_and_the_behaviour_prior_alone(name) -> None:
     expert, weak = load_recipe(name), load_recipe(name.replace("-expert", ""))
     protocol = PROTOCOLS[expert.protocol]
     assert protocol.policy == expert.collection.policy != weak.collection.policy
     same = {"name": weak.name, "description": weak.description, "protocol": weak.protocol}
     same["collection"] = expert.collection.model_copy(update={"policy": weak.collection.policy})
-    assert expert.model_copy(update=same) == weak
+    added = expert.methods.keys() - weak.methods.keys()
+    assert all(method.prior > 0 and expert.behaviour_prior for method in map(expert.methods.get, added))
+    assert expert.default_method in {weak.default_method, *added}
+    assert expert.behaviour_prior == weak.behaviour_prior or added
+    same |= {"methods": weak.methods, "default_method": weak.default_method, "behaviour_prior": weak.behaviour_prior}
+    kept = {title: method for title, method in expert.methods.items() if title not in added}
+    assert (kept, expert.model_copy(update=same)) == (weak.methods, weak)

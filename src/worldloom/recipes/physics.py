@@ -13,7 +13,7 @@ from worldloom.agents import (
 )
 from worldloom.data import SquareSymmetry
 from worldloom.guardrails import Box, KeepIn, RuleLayer
-from worldloom.heads import BehaviourPriorConfig, CoarseConfig, RefinementConfig
+from worldloom.heads import CoarseConfig, RefinementConfig
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import EncoderConfig, Keypoints, PatchConv, VectorMLP
 from worldloom.models.losses import Covariance, InverseDynamics, LossConfig, TemporalSimilarity
@@ -76,7 +76,6 @@ def pusht() -> Recipe:
         refinement=RefinementConfig(horizon=8, steps=8000),
         hierarchy=(CoarseConfig(stride=3),),
         goal_inverse=GoalInverseConfig(hidden=(512, 512), chunk=8, steps=4000),
-        behaviour_prior=BehaviourPriorConfig(hidden=(512, 512), steps=3000),
         # The plan has to be long enough to go around the block, and may move the hand away from its goal first.
         methods=_methods(horizon=8, nearest=True)
         | {

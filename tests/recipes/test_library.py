@@ -57,6 +57,7 @@ def test_an_override_reaches_a_method_and_leaves_the_rest() -> None:
         ("methods={}", "methods"),
         ("distance.steps=0", "distance.steps"),
         ("model.predictor.name=mpl", "mlp"),
+        ("methods.CEM, latent L2.prior=1", "has a prior, but the recipe has no behaviour_prior"),
     ],
 )
 def test_a_wrong_override_is_named(assignment, message) -> None:

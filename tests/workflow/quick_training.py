@@ -9,6 +9,7 @@ QUICK = [
     "reactive.steps=4",
     "reactive.problems=16",
     'goal_inverse={"steps": 4}',
+    'behaviour_prior={"steps": 4}',
     "cloning.steps=4",
     'methods={"random": {"name": "random"}, "tree search": {"name": "plan", "horizon": 2}}',
 ]

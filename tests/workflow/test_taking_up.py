@@ -33,14 +33,15 @@ from worldloom.workflow import Run, collect, evaluate, evaluate_together, find_r
 from worldloom.workflow import jobs as workflow
 from worldloom.workflow.run import differences
 
-HEADS = ("geometry", "support", "distance", "reactive", "goal-inverse", "cloning")
+HEADS = ("geometry", "support", "distance", "reactive", "goal-inverse", "behaviour-prior", "cloning")
 STAGES = {
     "measure_geometry": (),
     "measure_support": HEADS[:1],
     "fit_distance": HEADS[:2],
     "fit_reactive": HEADS[:3],
     "fit_goal_inverse": HEADS[:4],
-    "fit_behaviour_cloning": HEADS[:5],
+    "fit_behaviour_prior": HEADS[:5],
+    "fit_behaviour_cloning": HEADS[:6],
 }
 
 
@@ -274,6 +275,23 @@ def test_a_policy_is_added_to_a_complete_run(recipe, dataset, tmp_path, untouche
     assert agent.situation.initial.shape[1:] == (16, 6, resumed.model.spec.block_size)
 
 
+def test_a_behaviour_prior_is_added_to_a_complete_run_and_counts(recipe, dataset, tmp_path, untouched) -> None:
+    run = workflow.train(recipe.override(["behaviour_prior=null"]), dataset, tmp_path / "run")
+    untouched("fit", *STAGES.keys() - {"fit_behaviour_prior"})
+    staying = PlanMethod(prior=2.0, horizon=3)
+    with pytest.raises(CheckpointError, match="behaviour-prior"):
+        staying.build(AgentParts(heads=run.heads), seed=0)
+    heads = workflow.train(recipe, dataset, run.path, resume=True).heads
+    frames = Observations.from_numpy(dataset.pixels(np.array([0, 5, 9])), None)
+    plans = []
+    for method in (PlanMethod(horizon=3), staying):
+        agent = method.build(AgentParts(heads=heads), seed=0)
+        agent.reset(Goal(observations=frames))
+        agent.act(frames)
+        plans.append(agent.plan.actions)
+    assert not torch.equal(*plans)
+
+
 def test_a_run_from_before_an_option_was_added_is_taken_up(recipe, dataset, run, untouched) -> None:
     untouched("fit", *STAGES)
     config = read_json(run.path / "config.json")
@@ -416,6 +434,7 @@ def test_a_part_that_is_gone_or_damaged_is_named(run, part) -> None:
     content[-1] ^= 1
     tensors.write_bytes(content)
     methods = {"reactive": ReactiveMethod(), "goal-inverse": GoalInverseMethod(), "cloning": CloningMethod()}
+    methods["behaviour-prior"] = PlanMethod(prior=1.0)
 
     def load() -> object:
         return methods[part].build(AgentParts(heads=run.heads), seed=0) if part in methods else getattr(run.heads, part)

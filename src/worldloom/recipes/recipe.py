@@ -4,7 +4,15 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from worldloom.agents import METHODS, CloningConfig, GoalInverseConfig, MethodConfig, ReactiveConfig, default_methods
+from worldloom.agents import (
+    METHODS,
+    CloningConfig,
+    GoalInverseConfig,
+    MethodConfig,
+    PlanMethod,
+    ReactiveConfig,
+    default_methods,
+)
 from worldloom.core.config import Config, component_of
 from worldloom.core.errors import ConfigError
 from worldloom.core.names import PathName
@@ -89,6 +97,12 @@ class Recipe(Config):
             raise ValueError(
                 f"unknown default_method {self.default_method!r}; {nearest(self.default_method, self.methods)}"
             )
+        for title, method in self.methods.items():
+            if isinstance(method, PlanMethod) and method.prior and self.behaviour_prior is None:
+                raise ValueError(
+                    f"the method {title!r} has a prior, but the recipe has no behaviour_prior; set "
+                    f"behaviour_prior={{}}, or set the method's prior to 0"
+                )
         if self.refinement is not None and self.refinement.copies and self.training.symmetry is None:
             raise ValueError("refinement.copies needs training.symmetry; set it, or set refinement.copies to 0")
         return self

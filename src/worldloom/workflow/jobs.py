@@ -56,6 +56,8 @@ _log = logging.getLogger(__name__)
 
 register_envs()
 
+_OPTIONAL = ("goal_inverse", "behaviour_prior")  # heads of one field each, which a recipe may leave out
+
 
 def collect(recipe: Recipe, path: Path | str, *, progress: Progress = SILENT) -> EpisodeDataset:
     """Collect the logs of a recipe, or complete a partial dataset.
@@ -157,7 +159,7 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
     free += [f"training.{key}" for key in FREE]
     # Additional coarser models, probes and policies are fitted later.
     free += ["hierarchy"] if recipe.hierarchy[: len(recorded.hierarchy)] == recorded.hierarchy else []
-    free += [name for name in ("goal_inverse", "behaviour_prior") if getattr(recorded, name) is None]
+    free += [name for name in _OPTIONAL if getattr(recorded, name) is None]
     free += ["probes"] if recorded.probes.items() <= recipe.probes.items() else []
     if wrong := [key for key in differ if not key.startswith(tuple(free))]:
         raise ConfigError(
@@ -251,8 +253,8 @@ def _added(recipe: Recipe) -> list[str]:
     """Return the heads that a recipe may add to a complete run."""
     levels = [f"coarse-{level}" for level in range(1, len(recipe.hierarchy) + 1)]
     probes = [f"probe-{name}" for name in recipe.probes]
-    policies = [name for name in ("goal-inverse", "behaviour-prior") if getattr(recipe, name.replace("-", "_"))]
-    return ["support", *levels, *(f"{level}-geometry" for level in levels), *probes, *policies]
+    optional = [name.replace("_", "-") for name in _OPTIONAL if getattr(recipe, name) is not None]
+    return ["support", *levels, *(f"{level}-geometry" for level in levels), *probes, *optional]
 
 
 def _fit_probe(
